@@ -1,0 +1,5 @@
+"""Trimtab: fine-tune language models on one GPU or many, with proof, and without losing a run."""
+
+from trainer import _checkout as _checkout
+
+__version__ = "0.1.0"

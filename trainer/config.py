@@ -1,0 +1,298 @@
+"""What the user may write: one dataclass per section of the config, one docstring per field.
+
+These classes are the whole surface. ``compose.py`` fills them from ``conf/`` and the command line and reports every
+key or value that does not fit; ``plan.py`` checks what several fields say together. Nothing below the door
+(``prepare.py``, ``worker.py``) hands a config object on: they pass plain arguments.
+
+A section that is also a folder of ``conf/`` is a Hydra group: ``method=lora`` chooses a file, ``method.rank=8`` sets a
+field. ``null`` means "decide for me" and is only allowed where the type says so.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TaskName = Literal["classification", "extraction", "summary", "chat", "text"]
+OverLong = Literal["error", "drop", "truncate", "split"]
+RecordFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and what makes it repeatable."""
+
+    name: str = "run"
+    """First folder below ``run.root``; experiments set it to their own name."""
+    root: str = "outputs"
+    """Runs are ``<root>/<name>/<identity>/``."""
+    dir: str | None = None
+    """Exactly this run folder instead. A folder that holds a run of another identity is refused."""
+    seed: int = 0
+    """Seed of data order, initial adapter weights and dropout."""
+    cache: str = "~/.cache/trimtab"
+    """Tokenised data, converted models and the built-in data; content-addressed, safe to delete."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = "builtin:smollm2-135m-instruct"
+    """A folder, a Hub id, ``builtin:smollm2-135m-instruct`` or ``builtin:tiny`` (made on the spot, for smoke tests)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; the commit it resolves to is recorded."""
+    dtype: Dtype = "auto"
+    """Compute dtype. ``auto`` probes once what is fast on this machine and records it with the run."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Needs a pinned ``model.revision`` for a Hub id."""
+    chat_template: str | None = None
+    """``builtin:NAME`` or a Jinja file that replaces the tokenizer's own template."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SourceConfig:
+    """One part of a weighted mixture."""
+
+    path: str
+    """File, folder or ``hub:ORG/NAME``, as in ``data.train``."""
+    weight: float = 1.0
+    """Rows of this part are repeated or thinned so that parts are seen in the ratio of their weights."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Training, validation and test rows."""
+
+    kind: Literal["files", "legal", "smoke"] = "files"
+    """``files``: own data (also from the Hub); ``legal``: the built-in legal tasks; ``smoke``: made on the spot."""
+    train: list[str] = field(default_factory=list[str])
+    """Files (.jsonl .json .csv .parquet), folders of them, or ``hub:ORG/NAME[/SUBSET][:SPLIT]``. One path may be given
+    without brackets."""
+    validation: list[str] = field(default_factory=list[str])
+    """As ``data.train``; empty: taken from the training rows by ``data.validation_share``."""
+    test: list[str] = field(default_factory=list[str])
+    """As ``data.train``; empty: taken from the training rows by ``data.test_share``."""
+    mixture: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    """Weighted parts instead of ``data.train``."""
+    revision: str | None = None
+    """Branch, tag or commit of every Hub id of this section; the resolved commit is recorded."""
+    tasks: list[str] = field(default_factory=list[str])
+    """Built-in legal tasks to use (``data.kind=legal``)."""
+    format: RecordFormat = "auto"
+    """Shape of a row; ``auto`` recognises it from the columns."""
+    columns: dict[str, str] = field(default_factory=dict[str, str])
+    """Canonical name to the column's real name, for example ``{prompt: question, completion: reply}``."""
+    system: str | None = None
+    """System prompt for rows that have none."""
+    label_column: str | None = None
+    """Column with the class of a row; made splits keep its shares."""
+    group_column: str | None = None
+    """Rows with the same value never fall into different splits."""
+    slice_columns: list[str] = field(default_factory=list[str])
+    """Columns by which results are broken down."""
+    validation_share: float = 0.05
+    """Share of rows (whole groups) for validation where none is given."""
+    test_share: float = 0.1
+    """Share of rows (whole groups) for the frozen test split where none is given."""
+    split_seed: int = 0
+    """Seed of made splits; not the run's seed, so that runs of several seeds are tested on the same rows."""
+    max_train_rows: int | None = None
+    """Take this many training rows (seeded by ``data.split_seed``)."""
+    max_validation_rows: int | None = None
+    """Take this many validation rows."""
+    max_test_rows: int | None = None
+    """Take this many test rows."""
+    max_characters: int | None = None
+    """Built-in legal tasks: cut a clause to this many characters before it goes into the prompt."""
+    over_long: OverLong = "error"
+    """What happens to a document longer than ``packing.capacity``: ``error``, ``drop`` it, ``truncate`` it, or
+    ``split`` it into overlapping chunks. Applied once, counted and printed."""
+    split_overlap: int = 64
+    """Tokens that a chunk repeats from the one before it (no loss on them), with ``over_long=split``."""
+    max_dropped_share: float = 0.1
+    """Refuse to run when a larger share of the rows has to be left out."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Learn the assistant's turns, or every token. Plain text always learns every token."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """What is asked of the model, and how an answer is scored."""
+
+    name: TaskName = "chat"
+    """``classification``, ``extraction``, ``summary``, ``chat``: an answer is generated and scored; ``text``: loss only."""
+    labels: list[str] = field(default_factory=list[str])
+    """Classification: the allowed answers; empty: those of the training rows."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+
+
+@dataclass(slots=True, kw_only=True)
+class MethodConfig:
+    """Which weights are trained."""
+
+    name: Literal["full", "lora"] = "lora"
+    """``full``: all weights; ``lora``: low-rank adapters on a frozen base."""
+    rank: int = 16
+    """LoRA rank."""
+    alpha: float = 32.0
+    """LoRA scale: the update is multiplied by ``alpha / rank`` (``alpha / sqrt(rank)`` with rsLoRA)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the modules that get an adapter (``q_proj``, ...), or ``all-linear``."""
+    layers: str | None = None
+    """Layers that get an adapter: ``15:`` (from 15 on), ``:8``, ``4:12``, ``-10:`` (the last ten); null: all."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapters (arXiv 2402.09353)."""
+    adapter: str | None = None
+    """Continue from this adapter folder; its rank, targets and scale are used, and must not be given otherwise."""
+    freeze_layers: int = 0
+    """Full fine-tuning: keep the first N decoder layers as they are."""
+    freeze_embeddings: bool = False
+    """Full fine-tuning: keep the embeddings (and a tied output layer) as they are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """Optimizer, schedule and global batch."""
+
+    lr: float = 2.0e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's betas."""
+    eps: float = 1.0e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; norms, biases and embeddings have none."""
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup: float = 0.03
+    """Share of the steps with a linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at this share of the peak."""
+    epochs: float = 1.0
+    """Passes over the training rows; fractions are allowed."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule is stretched over them."""
+    batch_packs: int | None = None
+    """Global batch in packs per optimizer step over all ranks. Give this or ``optim.batch_tokens``."""
+    batch_tokens: int | None = None
+    """Global batch in tokens (a multiple of ``packing.capacity``)."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings while training (arXiv 2310.05914); 0: none."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PackingConfig:
+    """How documents become micro-batches. Documents of a pack never see each other."""
+
+    capacity: int = 2048
+    """Tokens per pack, and so per micro-batch of a rank."""
+    algorithm: Literal["rfc", "ffd", "bfd"] = "rfc"
+    """``rfc``: random-fill-close, keeps steps random samples; ``ffd``, ``bfd``: first- and best-fit decreasing."""
+    max_documents: int | None = None
+    """Most documents in one pack."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work."""
+
+    name: Literal["auto", "ddp"] = "auto"
+    """``ddp``: a replica per rank; ``auto``: one process alone, else ``ddp``."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LaunchConfig:
+    """Where the ranks are started."""
+
+    name: Literal["local"] = "local"
+    """``local``: on this machine."""
+    processes: int | None = None
+    """Ranks on a machine; null: one per visible GPU, or one on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute."""
+    threads: int | None = None
+    """CPU threads of each rank; null: the cores divided by the ranks."""
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    """Validation during training, and the test at its end."""
+
+    every: int | None = None
+    """Optimizer steps between validations; null: about ten over the run."""
+    generate_rows: int = 0
+    """Validation rows that are answered and scored at each validation; 0: loss only."""
+    metric: str = "loss"
+    """Choose the best checkpoint by this validation figure: ``loss``, ``exact_match``, ``accuracy``, ..."""
+    patience: int | None = None
+    """Stop after this many validations without an improvement of ``eval.metric``; null: never."""
+    min_improvement: float = 0.0
+    """What counts as an improvement."""
+    batch_tokens: int = 4096
+    """Most tokens (padding included) in one batch of generation."""
+    baselines: list[Literal["zero_shot"]] = field(default_factory=lambda: ["zero_shot"])  # type: ignore[arg-type]
+    """Measured on the same test rows before training."""
+    max_loss: float | None = None
+    """Gate: the run fails when the best validation loss is above this."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of training is published."""
+
+    every: int | None = None
+    """Optimizer steps between checkpoints; null: at each validation."""
+    keep: int = 2
+    """Newest verified checkpoints to keep besides the best one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class GuardConfig:
+    """What counts as a fault of training. A non-finite loss or gradient always stops before the optimizer step."""
+
+    spike_factor: float = 4.0
+    """A loss this many times its running median is a spike; 0: off."""
+    spike_window: int = 32
+    """Steps in the running median."""
+    spike_action: Literal["warn", "stop"] = "warn"
+    """Print and count a spike, or stop the run after a checkpoint."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportConfig:
+    """What is made of the trained weights."""
+
+    adapter: bool = True
+    """LoRA: write ``export/adapter``."""
+    merged: bool = True
+    """Write ``export/merged``: a full model that needs neither peft nor this project."""
+    max_shard_gb: float = 5.0
+    """Largest weight file, in 10^9 bytes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """The whole config, one field per section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,1 @@
+"""Held-out loss, generation, scores and their report."""

@@ -1,0 +1,1 @@
+"""The model: loading, the built-in ones, adapters, packed attention, the loss."""

@@ -1,0 +1,163 @@
+"""Where things are: the shipped config, and the name of everything in a run folder.
+
+One place for names, because people script against them. Nothing here reads or understands what the files say.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent
+
+
+def shipped_conf() -> Path:
+    """The config folder that comes with the package: inside it in a wheel, beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else CHECKOUT / "conf"
+
+
+def conf_directories(extra: Path | None, cwd: Path) -> list[Path]:
+    """Config folders in search order: ``extra`` (``--config-dir``), ``./conf`` of the user, the shipped one."""
+    candidates = [extra, cwd / "conf", shipped_conf()]
+    found: list[Path] = []
+    for candidate in candidates:
+        if candidate is not None and candidate.is_dir() and candidate.resolve() not in found:
+            found.append(candidate.resolve())
+    return found
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write ``path`` so that a reader sees the old or the whole new content, also after a power cut.
+
+    Raises:
+        OSError: no space, no permission; the old content stays and the partial file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        partial = Path(handle.name)
+        try:
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+    # NamedTemporaryFile makes 0600; a run folder is shared with a group on clusters, so the user's umask decides.
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)
+    partial.replace(path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make the entries of ``folder`` durable (POSIX: a rename is only safe once its folder is synced)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Names inside one run folder."""
+
+    root: Path
+
+    @property
+    def config_yaml(self) -> Path:
+        """The composed config."""
+        return self.root / "config.yaml"
+
+    @property
+    def plan_json(self) -> Path:
+        """``RunPlan``."""
+        return self.root / "plan.json"
+
+    @property
+    def prepared_json(self) -> Path:
+        """``Prepared``."""
+        return self.root / "prepared.json"
+
+    @property
+    def env_json(self) -> Path:
+        """Versions, devices and code of the last start."""
+        return self.root / "env.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        """One object per optimizer step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def curve_png(self) -> Path:
+        """Training and validation loss."""
+        return self.root / "loss.png"
+
+    @property
+    def lineage_json(self) -> Path:
+        """Where every part of the result came from."""
+        return self.root / "lineage.json"
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.root / "README.md"
+
+    @property
+    def done(self) -> Path:
+        """Written last: every stage is finished."""
+        return self.root / "DONE"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works on this run."""
+        return self.root / "run.lock"
+
+    @property
+    def launch(self) -> Path:
+        """What the ranks were started with."""
+        return self.root / "launch"
+
+    @property
+    def logs(self) -> Path:
+        """One file per rank."""
+        return self.root / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints, ``step-00000012``."""
+        return self.root / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores and predictions of baselines and the tuned model."""
+        return self.root / "evaluation"
+
+    @property
+    def export(self) -> Path:
+        """``adapter`` and ``merged``."""
+        return self.root / "export"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter alone, for peft and servers that load adapters."""
+        return self.export / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """A full model."""
+        return self.export / "merged"
+
+    @property
+    def stages(self) -> Path:
+        """One marker per finished stage."""
+        return self.root / "stages"
+
+    def rank_log(self, rank: int) -> Path:
+        """Everything that ``rank`` printed."""
+        return self.logs / f"rank{rank}.log"
