@@ -9,12 +9,33 @@ field. ``null`` means "decide for me" and is only allowed where the type says so
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["classification", "extraction", "summary", "chat", "text"]
 OverLong = Literal["error", "drop", "truncate", "split"]
 RecordFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
+BaselineName = Literal["zero_shot"]
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Probability = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Meta(gt=0.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+
+LEGAL_TASKS: dict[str, tuple[TaskName, ...]] = {
+    "clause_type": ("classification",),
+    "license_category": ("classification",),
+    "clause_heading": ("summary",),
+    "defined_terms": ("extraction",),
+    "governing_law": ("extraction",),
+    "copyright_holder": ("extraction",),
+}
+"""The built-in legal tasks and how each is scored."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,12 +43,12 @@ class RunConfig:
     """Where the run lives and what makes it repeatable."""
 
     name: str = "run"
-    """First folder below ``run.root``; experiments set it to their own name."""
+    """First folder below ``run.root``; an experiment's file name unless it is given."""
     root: str = "outputs"
     """Runs are ``<root>/<name>/<identity>/``."""
     dir: str | None = None
     """Exactly this run folder instead. A folder that holds a run of another identity is refused."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order, initial adapter weights and dropout."""
     cache: str = "~/.cache/trimtab"
     """Tokenised data, converted models and the built-in data; content-addressed, safe to delete."""
@@ -57,7 +78,7 @@ class SourceConfig:
 
     path: str
     """File, folder or ``hub:ORG/NAME``, as in ``data.train``."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Rows of this part are repeated or thinned so that parts are seen in the ratio of their weights."""
 
 
@@ -92,26 +113,26 @@ class DataConfig:
     """Rows with the same value never fall into different splits."""
     slice_columns: list[str] = field(default_factory=list[str])
     """Columns by which results are broken down."""
-    validation_share: float = 0.05
+    validation_share: Probability = 0.05
     """Share of rows (whole groups) for validation where none is given."""
-    test_share: float = 0.1
+    test_share: Probability = 0.1
     """Share of rows (whole groups) for the frozen test split where none is given."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of made splits; not the run's seed, so that runs of several seeds are tested on the same rows."""
-    max_train_rows: int | None = None
+    max_train_rows: Count | None = None
     """Take this many training rows (seeded by ``data.split_seed``)."""
-    max_validation_rows: int | None = None
+    max_validation_rows: Count | None = None
     """Take this many validation rows."""
-    max_test_rows: int | None = None
+    max_test_rows: Count | None = None
     """Take this many test rows."""
-    max_characters: int | None = None
+    max_characters: Count | None = None
     """Built-in legal tasks: cut a clause to this many characters before it goes into the prompt."""
     over_long: OverLong = "error"
     """What happens to a document longer than ``packing.capacity``: ``error``, ``drop`` it, ``truncate`` it, or
     ``split`` it into overlapping chunks. Applied once, counted and printed."""
-    split_overlap: int = 64
+    split_overlap: Natural = 64
     """Tokens that a chunk repeats from the one before it (no loss on them), with ``over_long=split``."""
-    max_dropped_share: float = 0.1
+    max_dropped_share: Share = 0.1
     """Refuse to run when a larger share of the rows has to be left out."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Learn the assistant's turns, or every token. Plain text always learns every token."""
@@ -122,10 +143,11 @@ class TaskConfig:
     """What is asked of the model, and how an answer is scored."""
 
     name: TaskName = "chat"
-    """``classification``, ``extraction``, ``summary``, ``chat``: an answer is generated and scored; ``text``: loss only."""
+    """``classification``, ``extraction``, ``summary``, ``chat``: an answer is generated and scored;
+    ``text``: loss only."""
     labels: list[str] = field(default_factory=list[str])
     """Classification: the allowed answers; empty: those of the training rows."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest generated answer, in tokens."""
 
 
@@ -135,11 +157,11 @@ class MethodConfig:
 
     name: Literal["full", "lora"] = "lora"
     """``full``: all weights; ``lora``: low-rank adapters on a frozen base."""
-    rank: int = 16
+    rank: Count = 16
     """LoRA rank."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """LoRA scale: the update is multiplied by ``alpha / rank`` (``alpha / sqrt(rank)`` with rsLoRA)."""
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     """Dropout on the adapter's input."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the modules that get an adapter (``q_proj``, ...), or ``all-linear``."""
@@ -151,7 +173,7 @@ class MethodConfig:
     """Weight-decomposed adapters (arXiv 2402.09353)."""
     adapter: str | None = None
     """Continue from this adapter folder; its rank, targets and scale are used, and must not be given otherwise."""
-    freeze_layers: int = 0
+    freeze_layers: Natural = 0
     """Full fine-tuning: keep the first N decoder layers as they are."""
     freeze_embeddings: bool = False
     """Full fine-tuning: keep the embeddings (and a tied output layer) as they are."""
@@ -161,31 +183,31 @@ class MethodConfig:
 class OptimConfig:
     """Optimizer, schedule and global batch."""
 
-    lr: float = 2.0e-4
+    lr: Positive = 2.0e-4
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[Probability], Meta(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's betas."""
-    eps: float = 1.0e-8
+    eps: Positive = 1.0e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay on matrices; norms, biases and embeddings have none."""
     schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     """Learning rate after the warm-up."""
-    warmup: float = 0.03
+    warmup: Share = 0.03
     """Share of the steps with a linear warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """The schedule ends at this share of the peak."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the training rows; fractions are allowed."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many optimizer steps; the schedule is stretched over them."""
-    batch_packs: int | None = None
-    """Global batch in packs per optimizer step over all ranks. Give this or ``optim.batch_tokens``."""
-    batch_tokens: int | None = None
+    batch_packs: Count | None = None
+    """Global batch in packs per optimizer step over all ranks. Give this or ``optim.batch_tokens``; neither: 8."""
+    batch_tokens: Count | None = None
     """Global batch in tokens (a multiple of ``packing.capacity``)."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    neftune_alpha: float = 0.0
+    neftune_alpha: NonNegative = 0.0
     """Noise on the embeddings while training (arXiv 2310.05914); 0: none."""
 
 
@@ -193,11 +215,11 @@ class OptimConfig:
 class PackingConfig:
     """How documents become micro-batches. Documents of a pack never see each other."""
 
-    capacity: int = 2048
+    capacity: Annotated[int, Meta(ge=8)] = 2048
     """Tokens per pack, and so per micro-batch of a rank."""
     algorithm: Literal["rfc", "ffd", "bfd"] = "rfc"
     """``rfc``: random-fill-close, keeps steps random samples; ``ffd``, ``bfd``: first- and best-fit decreasing."""
-    max_documents: int | None = None
+    max_documents: Count | None = None
     """Most documents in one pack."""
 
 
@@ -215,11 +237,11 @@ class LaunchConfig:
 
     name: Literal["local"] = "local"
     """``local``: on this machine."""
-    processes: int | None = None
+    processes: Count | None = None
     """Ranks on a machine; null: one per visible GPU, or one on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the ranks compute."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of each rank; null: the cores divided by the ranks."""
 
 
@@ -227,21 +249,21 @@ class LaunchConfig:
 class EvalConfig:
     """Validation during training, and the test at its end."""
 
-    every: int | None = None
+    every: Count | None = None
     """Optimizer steps between validations; null: about ten over the run."""
-    generate_rows: int = 0
+    generate_rows: Natural = 0
     """Validation rows that are answered and scored at each validation; 0: loss only."""
     metric: str = "loss"
     """Choose the best checkpoint by this validation figure: ``loss``, ``exact_match``, ``accuracy``, ..."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after this many validations without an improvement of ``eval.metric``; null: never."""
-    min_improvement: float = 0.0
+    min_improvement: NonNegative = 0.0
     """What counts as an improvement."""
-    batch_tokens: int = 4096
+    batch_tokens: Count = 4096
     """Most tokens (padding included) in one batch of generation."""
-    baselines: list[Literal["zero_shot"]] = field(default_factory=lambda: ["zero_shot"])  # type: ignore[arg-type]
+    baselines: list[BaselineName] = field(default_factory=lambda: list[BaselineName](["zero_shot"]))
     """Measured on the same test rows before training."""
-    max_loss: float | None = None
+    max_loss: Positive | None = None
     """Gate: the run fails when the best validation loss is above this."""
 
 
@@ -249,9 +271,9 @@ class EvalConfig:
 class CheckpointConfig:
     """When the state of training is published."""
 
-    every: int | None = None
+    every: Count | None = None
     """Optimizer steps between checkpoints; null: at each validation."""
-    keep: int = 2
+    keep: Count = 2
     """Newest verified checkpoints to keep besides the best one."""
 
 
@@ -259,9 +281,9 @@ class CheckpointConfig:
 class GuardConfig:
     """What counts as a fault of training. A non-finite loss or gradient always stops before the optimizer step."""
 
-    spike_factor: float = 4.0
+    spike_factor: NonNegative = 4.0
     """A loss this many times its running median is a spike; 0: off."""
-    spike_window: int = 32
+    spike_window: Annotated[int, Meta(ge=2)] = 32
     """Steps in the running median."""
     spike_action: Literal["warn", "stop"] = "warn"
     """Print and count a spike, or stop the run after a checkpoint."""
@@ -275,7 +297,7 @@ class ExportConfig:
     """LoRA: write ``export/adapter``."""
     merged: bool = True
     """Write ``export/merged``: a full model that needs neither peft nor this project."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Positive = 5.0
     """Largest weight file, in 10^9 bytes."""
 
 

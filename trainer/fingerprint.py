@@ -1,0 +1,121 @@
+"""Content hashes that decide whether work has to be done again.
+
+The identity of a run and the markers of its stages compare contents, never dates: a touched file repeats nothing, and
+an edited one is never mistaken for its old self. Nothing here imports torch, so a login node can compute it all.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import msgspec
+
+from trainer.errors import DataError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_MEGABYTE = 1 << 20
+_SAMPLED_ABOVE = 64 * _MEGABYTE
+
+
+def digest(value: object) -> str:
+    """Return the sha256 (64 hex digits) of ``value`` as canonical JSON: sorted keys, no spaces; dataclasses allowed.
+
+    Raises:
+        TypeError: ``value`` holds something that JSON cannot say.
+    """
+    encoded = msgspec.json.encode(value, order="sorted")
+    return hashlib.sha256(encoded).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of the whole file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Return the sha256 of a small file; of size, first and last megabyte for one above 64 MB (model weights).
+
+    Optimizer steps change every megabyte of a weight file, so the ends tell two of them apart; it is not proof against
+    somebody who wants a collision, and is not used for data.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size <= _SAMPLED_ABOVE:
+        return file_digest(path)
+    with path.open("rb") as handle:
+        state = hashlib.sha256(f"{size}:".encode())
+        state.update(handle.read(_MEGABYTE))
+        handle.seek(-_MEGABYTE, 2)
+        state.update(handle.read(_MEGABYTE))
+    return state.hexdigest()
+
+
+def tree_digest(paths: Sequence[Path], *, of_file: Callable[[Path], str] = sampled_digest) -> str:
+    """Return one digest over names and contents of ``paths``: files, and folders with all that is below them.
+
+    Names are relative to the given path, so that moving a folder changes nothing. Hidden files and folders do not
+    count.
+
+    Raises:
+        OSError: something cannot be read.
+    """
+    entries: list[tuple[str, str]] = []
+    for path in paths:
+        if path.is_dir():
+            entries += [(file.relative_to(path).as_posix(), of_file(file)) for file in visible_files(path)]
+        else:
+            entries.append((path.name, of_file(path)))
+    return digest(entries)
+
+
+def visible_files(folder: Path, suffixes: Iterable[str] | None = None) -> list[Path]:
+    """List the files below ``folder`` by path, without hidden ones; only with these suffixes if given."""
+    wanted = None if suffixes is None else frozenset(suffixes)
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and (wanted is None or file.suffix.lower() in wanted)
+    )
+
+
+def data_files(path: Path) -> list[Path]:
+    """List the data files that ``path`` stands for: itself, or all of a folder with a known suffix, sorted."""
+    return visible_files(path, DATA_SUFFIXES) if path.is_dir() else [path]
+
+
+def package_digest(name: str) -> str:
+    """Return a digest of an installed package out of the hashes in its RECORD, without importing or reading it.
+
+    Compiled files have no say: they come and go with the interpreter.
+
+    Raises:
+        DataError: the package is not installed, or its installer kept no hashes.
+    """
+    try:
+        files = distribution(name).files or []
+    except PackageNotFoundError:
+        raise DataError(
+            f"the package '{name}' is not installed",
+            got="no such package in this Python environment",
+            allowed="any version that has been published",
+            do=f"run 'make assets', or: pip install --no-deps {name}",
+        ) from None
+    hashes = sorted((str(file), file.hash.value) for file in files if file.hash and file.suffix != ".pyc")
+    if not hashes:
+        raise DataError(
+            f"the package '{name}' has no file hashes, so its content cannot be told from another version's",
+            got="an installation without hashes in RECORD",
+            allowed="an installation from a wheel",
+            do=f"run: pip install --force-reinstall --no-deps {name}",
+        )
+    return digest(hashes)
