@@ -1,0 +1,31 @@
+"""Packing and collation: which documents share a micro-batch, and the arrays made of them.
+
+    ArenaWriter -> TokenArena -> pack -> schedule -> collate -> the model
+
+A leaf: numpy and numba only, no torch, nothing of the trainer. ``reference`` holds the slow, obvious version of
+everything; where the two differ, the reference is right.
+"""
+
+from trainer_kernels.arena import ARENA_FORMAT, ArenaWriter, TokenArena
+from trainer_kernels.collate import IGNORE, CompactBatch, PackedBatch, collate
+from trainer_kernels.errors import ArenaError, PackingError
+from trainer_kernels.packing import PLAN_FORMAT, CostModel, PackPlan, pack
+from trainer_kernels.schedule import Schedule, schedule
+
+__all__ = [
+    "ARENA_FORMAT",
+    "IGNORE",
+    "PLAN_FORMAT",
+    "ArenaError",
+    "ArenaWriter",
+    "CompactBatch",
+    "CostModel",
+    "PackPlan",
+    "PackedBatch",
+    "PackingError",
+    "Schedule",
+    "TokenArena",
+    "collate",
+    "pack",
+    "schedule",
+]

@@ -1,0 +1,260 @@
+"""Which packs each rank trains on in each optimizer step, and by how many targets that step's loss is divided.
+
+The packs of all epochs are one long row; step s is its s-th stretch of ``world_size * accumulation`` packs. So the
+global batches do not depend on how many ranks share them, an epoch's remainder opens the next one instead of being
+dropped, any step can be found without going through those before it, and the number of targets of a step over all
+ranks is a difference of two prefix sums: nobody has to count, let alone ask the other ranks.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil, isfinite
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer_kernels.errors import PackingError
+from trainer_kernels.packing import PackPlan
+
+Sync = Literal["micro", "step"]
+Position = tuple[int, int]
+"""``(epoch, pack)``."""
+
+_NO_DOCUMENTS = np.empty(0, np.int32)
+_NO_DOCUMENTS.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """All steps of a run; made by ``schedule``. Equal on every rank.
+
+    ``num_steps`` optimizer steps over ``num_packs`` packs; ``num_empty`` empty packs fill up the last step.
+    """
+
+    num_steps: int
+    num_packs: int
+    world_size: int
+    accumulation: int
+    sync: Sync
+    _packs: Callable[[int], PackPlan]
+    _first: NDArray[np.int64]  # [epochs + 1] place in the row of packs at which each epoch begins
+    _targets: NDArray[np.int64]  # [num_packs + 1] targets in all packs before a place
+    _costs: NDArray[np.int64] | None  # [num_packs]
+
+    @property
+    def packs_per_step(self) -> int:
+        """``world_size * accumulation``."""
+        return self.world_size * self.accumulation
+
+    @property
+    def num_empty(self) -> int:
+        """Empty packs in the last step."""
+        return self.num_steps * self.packs_per_step - self.num_packs
+
+    def num_targets(self, step: int) -> int:
+        """Targets of ``step`` over all ranks and micro-batches, at least 1: what its summed loss is divided by."""
+        first, stop = self._stretch(step)
+        return int(self._targets[stop] - self._targets[first])
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the data that are done when ``step`` is done."""
+        _, stop = self._stretch(step)
+        epoch, pack = self._position(stop - 1)
+        return epoch + (pack + 1) / int(self._first[epoch + 1] - self._first[epoch])
+
+    def positions(self, step: int) -> list[Position | None]:
+        """The packs of ``step``; rank r trains on entries r, r + world_size, ... in this order. None: an empty pack."""
+        first, stop = self._stretch(step)
+        places: list[Position | None] = [self._position(place) for place in range(first, stop)]
+        places += [None] * (self.packs_per_step - len(places))
+        if self._costs is None:
+            return places
+        costs = [*map(int, self._costs[first:stop]), *[0] * (self.packs_per_step - (stop - first))]
+        spread = _sorted_by_cost(costs) if self.sync == "micro" else _even_sums(costs, self.world_size)
+        return [places[entry] for entry in spread]
+
+    def batches(self, rank: int, start: int = 0) -> Iterator[list[NDArray[np.int32]]]:
+        """Per step from ``start`` on: ``accumulation`` arrays of document ids for ``rank``, empty for an empty pack."""
+        _in_range("rank", rank, self.world_size)
+        if start != self.num_steps:  # a finished run has nothing left
+            _in_range("start", start, self.num_steps)
+        return self._batches(rank, start)
+
+    def _batches(self, rank: int, start: int) -> Iterator[list[NDArray[np.int32]]]:
+        for step in range(start, self.num_steps):
+            yield [self._documents(position) for position in self.positions(step)[rank :: self.world_size]]
+
+    def _documents(self, position: Position | None) -> NDArray[np.int32]:
+        if position is None:
+            return _NO_DOCUMENTS
+        epoch, pack = position
+        plan = self._packs(epoch)
+        expected = int(self._first[epoch + 1] - self._first[epoch])
+        if len(plan) != expected:
+            raise PackingError(
+                f"epoch {epoch} was packed in another way than before",
+                got=f"{len(plan)} packs",
+                allowed=f"{expected} packs, as when the schedule was made",
+                do="let packs(epoch) depend on nothing but the epoch",
+            )
+        return plan.pack(pack)
+
+    def _stretch(self, step: int) -> tuple[int, int]:
+        _in_range("step", step, self.num_steps)
+        first = step * self.packs_per_step
+        return first, min(first + self.packs_per_step, self.num_packs)
+
+    def _position(self, place: int) -> Position:
+        epoch = int(np.searchsorted(self._first, place, side="right")) - 1
+        return epoch, place - int(self._first[epoch])
+
+
+def schedule(
+    packs: Callable[[int], PackPlan],
+    targets: NDArray[np.integer],
+    *,
+    epochs: float,
+    world_size: int,
+    accumulation: int,
+    sync: Sync = "micro",
+    max_steps: int | None = None,
+    costs: NDArray[np.integer] | None = None,
+) -> Schedule:
+    """Lay out a run of ``epochs`` passes (fractions are allowed) over plans ``packs(epoch)``.
+
+    ``packs`` depends on the epoch alone; it is called once per epoch now and again while stepping (the two latest plans
+    are kept). ``targets`` int[n]: targets of each document. The run ends after the given share of the last epoch's
+    packs, rounded up, or after ``max_steps`` optimizer steps, whichever comes first.
+
+    ``costs`` int[n], the cost of each document (``CostModel.weight``), changes only who does which pack of a step: with
+    ``sync="micro"`` (ranks wait for each other in every micro-batch, as in FSDP) packs of like cost run together;
+    with ``sync="step"`` (they wait once per step) every rank gets about the same sum.
+
+    Raises ``PackingError`` for options out of range, fewer packs than one step takes, or a step without targets.
+    """
+    _at_least_one("world_size", world_size)
+    _at_least_one("accumulation", accumulation)
+    if max_steps is not None:
+        _at_least_one("max_steps", max_steps)
+    if sync not in get_args(Sync):
+        raise PackingError(
+            "unknown kind of sync", got=repr(sync), allowed=", ".join(get_args(Sync)), do="choose when ranks wait"
+        )
+    if not (isfinite(epochs) and epochs > 0):
+        raise PackingError("epochs is out of range", got=epochs, allowed="above 0", do="give a number of passes")
+    per_step = world_size * accumulation
+    limit = None if max_steps is None else max_steps * per_step
+    kept = lru_cache(maxsize=2)(packs)
+    first, per_pack_targets, per_pack_costs = _lay_out(kept, targets, costs, epochs, limit)
+    count = len(per_pack_targets)
+    if count < per_step:
+        raise PackingError(
+            "the whole run has fewer packs than one optimizer step takes",
+            got=f"{count} packs in {epochs:g} epochs",
+            allowed=f"at least {per_step} (world_size {world_size} x accumulation {accumulation})",
+            do="take fewer packs per step, a smaller capacity, or more epochs",
+        )
+    prefix = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_pack_targets, dtype=np.int64)])
+    _refuse_empty_steps(prefix, per_step)
+    return Schedule(
+        num_steps=ceil(count / per_step),
+        num_packs=count,
+        world_size=world_size,
+        accumulation=accumulation,
+        sync=sync,
+        _packs=kept,
+        _first=first,
+        _targets=prefix,
+        _costs=per_pack_costs,
+    )
+
+
+def _lay_out(
+    packs: Callable[[int], PackPlan],
+    targets: NDArray[np.integer],
+    costs: NDArray[np.integer] | None,
+    epochs: float,
+    limit: int | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Where each epoch begins, and the targets and costs of every pack of the run (at most ``limit`` packs)."""
+    wanted = Fraction(epochs).limit_denominator(1_000_000)  # 0.1 means a tenth, not its nearest double
+    if wanted == 0:
+        wanted = Fraction(1, 1_000_000)
+    first = [0]
+    used = 0
+    target_parts: list[NDArray[np.int64]] = []
+    cost_parts: list[NDArray[np.int64]] = []
+    for epoch in range(ceil(wanted)):
+        plan = packs(epoch)
+        share = ceil(min(Fraction(1), wanted - epoch) * len(plan))
+        take = share if limit is None else min(share, limit - used)
+        target_parts.append(_per_pack(plan, targets, "targets")[:take])
+        if costs is not None:
+            cost_parts.append(_per_pack(plan, costs, "costs")[:take])
+        first.append(first[-1] + len(plan))
+        used += take
+        if used == limit:
+            break
+    return np.array(first, np.int64), np.concatenate(target_parts), np.concatenate(cost_parts) if cost_parts else None
+
+
+def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray[np.int64]:
+    """Sums of a per-document array over each pack, int64[len(plan)]."""
+    if len(plan.items) != len(values):
+        raise PackingError(
+            f"the plan and the {name} are of different documents",
+            got=f"{len(plan.items)} documents in the plan, {len(values)} {name}",
+            allowed="one number per document of the plan",
+            do="take lengths, targets and costs from the same arena",
+        )
+    return np.add.reduceat(np.asarray(values)[plan.items], plan.offsets[:-1], dtype=np.int64)
+
+
+def _refuse_empty_steps(prefix: NDArray[np.int64], per_step: int) -> None:
+    ends = np.append(prefix[per_step::per_step], prefix[-1:] if (len(prefix) - 1) % per_step else prefix[:0])
+    per_step_targets = np.diff(ends, prepend=0)
+    empty = np.flatnonzero(per_step_targets < 1)
+    if len(empty):
+        raise PackingError(
+            "optimizer steps without a single target: their loss would be 0 / 0",
+            got=f"{len(empty)} of {len(ends)} steps, the first: step {empty[0]}",
+            allowed="at least 1 target in every step",
+            do="leave documents without targets out, or take more packs per step",
+        )
+
+
+def _sorted_by_cost(costs: list[int]) -> list[int]:
+    """Entries, the dearest first: neighbours cost about the same."""
+    return sorted(range(len(costs)), key=lambda entry: (-costs[entry], entry))
+
+
+def _even_sums(costs: list[int], world_size: int) -> list[int]:
+    """Entries such that ranks (every ``world_size``-th) have equal counts and about equal sums.
+
+    Longest processing time first (Graham 1969): the dearest left goes to the least loaded rank that has a place left.
+    """
+    accumulation = len(costs) // world_size
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, rank) for rank in range(world_size)]
+    for entry in _sorted_by_cost(costs):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(entry)
+        if len(shares[rank]) < accumulation:
+            heapq.heappush(loads, (load + costs[entry], rank))
+    return [shares[rank][micro] for micro in range(accumulation) for rank in range(world_size)]
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise PackingError(f"{name} is out of range", got=value, allowed="at least 1", do=f"give another {name}")
+
+
+def _in_range(name: str, value: int, count: int) -> None:
+    if not 0 <= value < count:
+        raise PackingError(
+            f"there is no such {name}", got=value, allowed=f"0 to {count - 1}", do="ask for one of this schedule"
+        )
