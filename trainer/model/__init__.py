@@ -1,1 +1,1 @@
-"""The model: loading, the built-in ones, adapters, packed attention, the loss."""
+"""The base model: found and checked, loaded with our packed attention, given adapters, and turned into a loss."""
