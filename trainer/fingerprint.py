@@ -5,7 +5,7 @@ an edited one is never mistaken for its old self. Nothing here imports torch, so
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -13,7 +13,10 @@ import msgspec
 
 from trainer.errors import DataError
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_TEXT_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv")
+DATA_EXTENSIONS = (*_TEXT_EXTENSIONS, ".parquet", *(f"{extension}.gz" for extension in _TEXT_EXTENSIONS))
+"""What counts as data in a folder (``trainer.data.files`` has a reader for each)."""
+
 _MEGABYTE = 1 << 20
 _SAMPLED_ABOVE = 64 * _MEGABYTE
 
@@ -76,21 +79,24 @@ def tree_digest(paths: Sequence[Path], *, of_file: Callable[[Path], str] = sampl
     return digest(entries)
 
 
-def visible_files(folder: Path, suffixes: Iterable[str] | None = None) -> list[Path]:
-    """List the files below ``folder`` by path, without hidden ones; only with these suffixes if given."""
-    wanted = None if suffixes is None else frozenset(suffixes)
+def visible_files(folder: Path) -> list[Path]:
+    """List the files below ``folder``, sorted by path, without hidden files and folders."""
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and (wanted is None or file.suffix.lower() in wanted)
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
 
 
 def data_files(path: Path) -> list[Path]:
-    """List the data files that ``path`` stands for: itself, or all of a folder with a known suffix, sorted."""
-    return visible_files(path, DATA_SUFFIXES) if path.is_dir() else [path]
+    """List the data files that ``path`` stands for: itself, or what lies directly in a folder and is data."""
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.is_file() and not entry.name.startswith(".") and entry.name.lower().endswith(DATA_EXTENSIONS)
+    )
 
 
 def package_digest(name: str) -> str:
