@@ -1,0 +1,196 @@
+"""The command line: ``python -m trainer [verb] [RUN ...] [overrides]``.
+
+Sorts the words into verb, run folders and overrides, and hands them on. Everything that can be wrong is found before
+torch is needed, so the answer comes at once, on a login node too.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from trainer import __version__, console
+from trainer.compose import compose, config_text, expand_multirun, help_text
+from trainer.drive.run import VERBS, do_existing, do_new
+from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
+from trainer.paths import RunFolder
+
+USAGE = """\
+python -m trainer [verb] [RUN ...] [overrides]
+
+  python -m trainer +experiment=legal_lora              fine-tune, evaluate, export, check
+  python -m trainer plan +experiment=legal_lora         say what would be done
+  python -m trainer data=files data.train=my.jsonl      the same with your own data
+  python -m trainer evaluate outputs/my/0123456789      one stage of a run that exists
+
+Verbs:
+"""
+OPTIONS = """\
+
+Options:
+  --cfg job          print the composed config and stop
+  --config-dir DIR   look for config groups here first
+  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  --version          print the version
+  -h, --help         this text
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """The command line, sorted."""
+
+    verb: str
+    runs: tuple[Path, ...]
+    overrides: tuple[str, ...]
+    config_dir: Path | None
+    show_config: bool
+    multirun: bool
+    help: bool
+    version: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong option as every other mistake is reported."""
+        raise UserError(message, where="command line", allowed="see Options in --help", do="python -m trainer --help")
+
+
+def sort_words(arguments: Sequence[str]) -> Words:
+    """Sort ``arguments`` into verb, run folders, overrides and options.
+
+    Raises:
+        UserError: an unknown verb or option, or a bare word that is no run folder.
+    """
+    parser = _Parser(prog="python -m trainer", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    found = parser.parse_intermixed_args(list(arguments))
+    words: list[str] = found.words
+    bare = [word for word in words if _is_run(word) or not _is_override(word)]
+    verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
+    if verb not in (*VERBS, "help"):
+        raise _unknown_verb(verb)
+    for word in bare:
+        if not _is_run(word):
+            raise _not_a_run(word)
+    return Words(
+        verb=verb,
+        runs=tuple(Path(word) for word in bare),
+        overrides=tuple(word for word in words if _is_override(word) and not _is_run(word)),
+        config_dir=found.config_dir,
+        show_config=found.cfg == "job",
+        multirun=found.multirun,
+        help=found.help or verb == "help",
+        version=found.version,
+    )
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word or word.startswith(("+", "~"))
+
+
+def _is_run(word: str) -> bool:
+    return RunFolder(Path(word)).plan_json.is_file()
+
+
+def _unknown_verb(word: str) -> UserError:
+    if Path(word).exists():
+        return _not_a_run(word)
+    guess = nearest(word, (*VERBS, "help"))
+    return UserError(
+        "unknown verb",
+        where="command line",
+        got=word,
+        allowed=f"{', '.join(VERBS)}, help; a run folder; or overrides such as +experiment=legal_lora",
+        do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
+    )
+
+
+def _not_a_run(word: str) -> UserError:
+    return UserError(
+        "not a run folder",
+        where="command line",
+        got=word,
+        allowed="a folder with a plan.json, as below outputs/",
+        do="check the path, or give the settings of a new run as key=value",
+    )
+
+
+def act(arguments: Sequence[str], cwd: Path) -> int:
+    """Do what the command line says; gives the exit code."""
+    words = sort_words(arguments)
+    if words.version:
+        console.say(__version__)
+    elif words.help:
+        verbs = "".join(f"  {name:10} {verb.help}\n" for name, verb in VERBS.items())
+        console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
+    elif words.runs:
+        return _existing(words, cwd)
+    else:
+        return _new(words, arguments, cwd)
+    return EXIT_DONE
+
+
+def _existing(words: Words, cwd: Path) -> int:
+    if words.multirun:
+        raise UserError(
+            "-m makes new runs",
+            where="command line",
+            got=f"-m with {words.runs[0]}",
+            do="leave out -m or the run folder",
+        )
+    for run in words.runs:
+        command = shlex.join(["python", "-m", "trainer", words.verb, str(run), *words.overrides])
+        code = do_existing(words.verb, run, words.overrides, cwd=cwd, command=command, show_config=words.show_config)
+        if code != EXIT_DONE:
+            return code
+    return EXIT_DONE
+
+
+def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
+    each = [list(words.overrides)]
+    if words.multirun:
+        each = expand_multirun(words.overrides, config_dir=words.config_dir, cwd=cwd)
+    configs = [compose(overrides, config_dir=words.config_dir, cwd=cwd) for overrides in each]
+    command = shlex.join(["python", "-m", "trainer", *arguments])
+    for number, (overrides, config) in enumerate(zip(each, configs, strict=True), start=1):
+        if len(each) > 1:
+            console.say(f"[{number} of {len(each)}] {shlex.join(overrides)}")
+        if words.show_config:
+            console.say(config_text(config).rstrip())
+            continue
+        code = do_new(words.verb, config, cwd=cwd, command=command)
+        if code != EXIT_DONE:
+            return code
+    return EXIT_DONE
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main() -> None:
+    """Run the command line of this process and exit."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(console.run_and_report(_main))
+
+
+def _main() -> int:
+    try:
+        return act(sys.argv[1:], Path.cwd())
+    except KeyboardInterrupt:
+        raise StoppedInGoodOrder("stopped; nothing was being computed, and the same command continues") from None
+
+
+if __name__ == "__main__":
+    main()

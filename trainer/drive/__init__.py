@@ -1,0 +1,1 @@
+"""A run as the driver sees it: its folder, its lock, and the processes that do its stages. Never imports torch."""

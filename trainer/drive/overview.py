@@ -1,0 +1,136 @@
+"""What the terminal shows of a whole run: the plan before it, the results after it. Texts and tables, nothing else."""
+
+from collections.abc import Sequence
+
+from trainer import console
+from trainer.drive.prepared import PreparedView, ScheduleView, Split, read_scores
+from trainer.drive.space import gigabytes
+from trainer.markers import STAGES, Marker, read_marker
+from trainer.paths import RunFolder
+from trainer.plan import RunPlan
+
+COUNTED = ("rows", "documents", "tokens", "targets", "longest")
+
+
+def show_start(plan: RunPlan, folder: RunFolder, todo: Sequence[str]) -> None:
+    """Name the run, its folder, and what will be done."""
+    console.say(f"run {plan.name}/{plan.identity} in {folder.root}")
+    skipped = [stage for stage in STAGES if read_marker(folder, stage) is not None and stage not in todo]
+    if skipped:
+        console.note(f"done before, with the same inputs: {', '.join(skipped)}")
+    console.note(f"to do: {', '.join(todo)}")
+
+
+def show_plan(
+    plan: RunPlan, folder: RunFolder, prepared: PreparedView, schedule: ScheduleView, todo: list[str]
+) -> None:
+    """What ``plan`` prints: devices, layout, data, packs, steps, and what each stage will do."""
+    console.table(["", ""], [list(row) for row in plan_rows(plan, prepared, schedule)], title="Plan")
+    splits = [("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test)]
+    console.table(["split", *COUNTED], [split_row(name, split) for name, split in splits], title="Data")
+    for dropped in prepared.dropped:
+        console.warn(f"{dropped.count} rows left out: {dropped.reason}")
+    if prepared.truncated:
+        console.warn(f"{prepared.truncated} documents were cut to the capacity")
+    console.table(["stage", "what happens"], stage_rows(folder, todo), title="Stages")
+
+
+def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> list[tuple[str, str]]:
+    """Name and value of everything that is decided before the first step."""
+    config = plan.config
+    batch = f"{plan.batch_packs} packs = {plan.world_size} rank(s) x {plan.accumulation} micro-batches"
+    return [
+        ("run", f"{plan.name}/{plan.identity}"),
+        ("model", f"{prepared.base.name}, {prepared.base.parameters:,} parameters"),
+        ("method", f"{config.method.name}" + (f", rank {config.method.rank}" if config.method.name == "lora" else "")),
+        ("devices", f"{plan.world_size} x {plan.device}, {plan.threads} threads each, {plan.strategy}"),
+        ("dtype", f"{prepared.dtype} ({prepared.dtype_reason})"),
+        ("global batch", f"{batch} of {config.packing.capacity} tokens"),
+        ("packs", f"{schedule.packs:,} in an epoch, {100 * schedule.fill:.1f} % filled"),
+        ("steps", f"{schedule.steps:,} ({schedule.steps_per_epoch:.1f} in an epoch)"),
+        ("tokens per step", f"{schedule.tokens_per_step:,.0f}"),
+    ]
+
+
+def split_row(name: str, split: Split | None) -> list[str]:
+    """One line of the table of splits; dashes for one that does not exist."""
+    if split is None:
+        return [name, *("-" for _ in COUNTED)]
+    counts = (split.rows, split.documents, split.tokens, split.targets, split.longest)
+    return [name, *(f"{count:,}" for count in counts)]
+
+
+def stage_rows(folder: RunFolder, todo: Sequence[str]) -> list[list[str]]:
+    """Every stage with what a run would do about it."""
+    return [[stage, stage_fate(read_marker(folder, stage), stage in todo)] for stage in STAGES]
+
+
+def stage_fate(marker: Marker | None, is_pending: bool) -> str:
+    """Say what happens to a stage: it runs, it runs again, or it is skipped."""
+    if not is_pending and marker is not None:
+        return f"skipped: done {marker.finished}, nothing it depends on has changed"
+    return "runs" if marker is None else f"runs again: what it depends on has changed since {marker.finished}"
+
+
+def show_end(folder: RunFolder) -> None:
+    """The closing tables: before and after, time per stage, where everything is."""
+    rows = comparison(folder)
+    if rows:
+        console.table(["on the test split", "before", "after"], rows, title="Result")
+    console.table(["stage", "time", ""], time_rows(folder), title="Time")
+    console.table(["", ""], [list(row) for row in place_rows(folder)], title="Where everything is")
+
+
+def comparison(folder: RunFolder) -> list[list[str]]:
+    """Every figure of the tuned model beside that of the untuned one."""
+    before, after = read_scores(folder, "zero_shot"), read_scores(folder, "tuned")
+    if after is None:
+        return []
+    there = {} if before is None else {**before.metrics, **_loss(before.loss)}
+    here = {**after.metrics, **_loss(after.loss)}
+    return [[name, _figure(there.get(name)), _figure(value)] for name, value in here.items()]
+
+
+def time_rows(folder: RunFolder) -> list[list[str]]:
+    """Stage, wall time, and the figures of its marker; the sum last."""
+    markers = [marker for marker in (read_marker(folder, stage) for stage in STAGES) if marker is not None]
+    rows = [[marker.stage, console.format_seconds(marker.seconds), summary_text(marker)] for marker in markers]
+    return [*rows, ["together", console.format_seconds(sum(marker.seconds for marker in markers)), ""]]
+
+
+def summary_text(marker: Marker) -> str:
+    """``steps 40, loss 0.31``: what a stage has to say about itself."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in marker.summary.items()
+    )
+
+
+def place_rows(folder: RunFolder) -> list[tuple[str, str]]:
+    """What the run left, and where; only what exists."""
+    places = [
+        ("merged model", folder.merged),
+        ("adapter", folder.adapter),
+        ("model card", folder.card),
+        ("lineage", folder.lineage_json),
+        ("figures per step", folder.metrics_jsonl),
+        ("loss curve", folder.curve_png),
+        ("evaluation", folder.evaluation),
+        ("checkpoints", folder.checkpoints),
+        ("logs", folder.logs),
+    ]
+    return [(name, str(path) + _size(name, folder)) for name, path in places if path.exists()]
+
+
+def _size(name: str, folder: RunFolder) -> str:
+    if name != "merged model":
+        return ""
+    return f" ({gigabytes(sum(file.stat().st_size for file in folder.merged.rglob('*') if file.is_file()))})"
+
+
+def _loss(loss: float | None) -> dict[str, float]:
+    return {} if loss is None else {"loss": loss}
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,151 @@
+"""One verb on one run: make the plan, take the folder, do the stages, say what came of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from trainer import console
+from trainer.compose import compose, config_text
+from trainer.config import Config
+from trainer.drive.environment import usable_cores
+from trainer.drive.folder import make_folder, require_same_identity, write_inputs
+from trainer.drive.lock import hold
+from trainer.drive.overview import show_end, show_plan, show_start
+from trainer.drive.prepared import read_prepared, read_schedule
+from trainer.drive.stages import Job, mark_done, pending, run_stages
+from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
+from trainer.markers import STAGES, read_marker
+from trainer.paths import RunFolder
+from trainer.plan import Devices, RunPlan, load_plan, make_plan
+from trainer_launch.devices import visible_gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """What a verb does: ``stages`` that it brings up to date, after ``needs`` was finished by an earlier command."""
+
+    help: str
+    stages: tuple[str, ...]
+    needs: str = ""
+
+
+VERBS = {
+    "run": Verb(
+        help="everything: prepare, baseline, train, evaluate, export, verify, card (no verb: run)", stages=STAGES
+    ),
+    "plan": Verb(help="prepare the data, print what a run would do, and stop", stages=("prepare",)),
+    "prepare": Verb(help="read, check, split and tokenise the data", stages=("prepare",)),
+    "train": Verb(help="train, from the newest checkpoint if there is one", stages=("prepare", "train")),
+    "evaluate": Verb(
+        help="score base and tuned model on the test split", stages=("prepare", "baseline", "evaluate"), needs="train"
+    ),
+    "export": Verb(help="write adapter and merged model", stages=("prepare", "export"), needs="train"),
+    "verify": Verb(help="reload the export in a fresh process and compare", stages=("verify",), needs="export"),
+}
+
+
+def do_new(verb: str, config: Config, *, cwd: Path, command: str) -> int:
+    """Do ``verb`` for the run that ``config`` means, new or not; gives the exit code. ``command``: what was typed.
+
+    Raises:
+        TrimtabError: everything that stops a run before or after its processes.
+    """
+    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command)
+
+
+def do_existing(
+    verb: str, run: Path, overrides: Sequence[str], *, cwd: Path, command: str, show_config: bool = False
+) -> int:
+    """Do ``verb`` for the run in the folder ``run``, with its own config and ``overrides`` (key=value) on top.
+
+    The run is planned anew for this machine; only ``verify`` takes the plan as it is, because it needs neither the
+    data nor the base model's place.
+
+    Raises:
+        TrimtabError: everything that stops a run before or after its processes.
+    """
+    root = run.resolve()
+    stored = load_plan(RunFolder(root).plan_json.read_bytes())
+    config = _with_overrides(stored.config, overrides, cwd)
+    config.run.dir = str(root)
+    if show_config:
+        console.say(config_text(config).rstrip())
+        return EXIT_DONE
+    if verb == "verify" and not overrides:
+        return _do(verb, dataclasses.replace(stored, run_dir=str(root)), command)
+    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command)
+
+
+def _do(verb: str, plan: RunPlan, command: str) -> int:
+    folder = RunFolder(Path(plan.run_dir))
+    make_folder(folder)
+    with hold(folder.lock, verb) as lock:
+        require_same_identity(folder, plan)
+        _require_finished(folder, plan, VERBS[verb].needs)
+        todo = pending(plan, folder, VERBS[verb].stages)
+        if todo:
+            folder.done.unlink(missing_ok=True)
+            write_inputs(folder, plan)
+            show_start(plan, folder, todo)
+        job = Job(plan=plan, folder=folder, lock=lock, command=command)
+        code = run_stages(job, VERBS[verb].stages)
+        if code != EXIT_DONE:
+            return code
+        _finish(verb, plan, folder, was_done=not todo)
+    return EXIT_DONE
+
+
+def _finish(verb: str, plan: RunPlan, folder: RunFolder, *, was_done: bool) -> None:
+    if verb == "plan":
+        show_plan(plan, folder, read_prepared(folder), read_schedule(folder), pending(plan, folder, STAGES))
+        return
+    if verb == "run":
+        if not folder.done.exists():
+            mark_done(folder, plan.identity)
+        show_end(folder)
+    if was_done:
+        console.say(f"everything was done before, with the same inputs: {folder.root}")
+        console.note(f"to do a stage again, remove its file in {folder.stages}")
+
+
+def _require_finished(folder: RunFolder, plan: RunPlan, stage: str) -> None:
+    if stage and pending(plan, folder, (stage,)):
+        marker = read_marker(folder, stage)
+        raise RunError(
+            f"the stage '{stage}' comes first",
+            where=str(folder.root),
+            got="not finished" if marker is None else f"finished {marker.finished} with other inputs",
+            allowed=f"a run whose stage '{stage}' is finished",
+            do=f"python -m trainer {stage} {folder.root}",
+        )
+
+
+def _with_overrides(config: Config, overrides: Sequence[str], cwd: Path) -> Config:
+    """Lay ``overrides`` over a stored config, by the same rules and with the same errors as for a new run."""
+    groups = [word for word in overrides if "." not in word.partition("=")[0]]
+    if groups:
+        raise ConfigError.of(
+            [
+                Problem(
+                    what="a run that exists has its config already; a whole group cannot be chosen again",
+                    where="command line",
+                    got=word,
+                    allowed="section.key=value",
+                    do="set single keys, or start a new run",
+                )
+                for word in groups
+            ]
+        )
+    if not overrides:
+        return config
+    with TemporaryDirectory() as folder:
+        stored = Path(folder) / "experiment" / "stored.yaml"
+        stored.parent.mkdir()
+        stored.write_text(f"# @package _global_\n{config_text(config)}", encoding="utf-8")
+        return compose(["experiment=stored", *overrides], config_dir=Path(folder), cwd=cwd)
+
+
+def _devices(config: Config) -> Devices:
+    return Devices(gpus=0 if config.launch.device == "cpu" else visible_gpus(), cores=usable_cores())

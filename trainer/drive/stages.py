@@ -1,0 +1,167 @@
+"""The stages of a run: which are still to be done, and the processes that do them, one after the other.
+
+A stage is done when its marker names the digest of its present inputs (``markers.py``). ``prepare``, ``verify`` and
+``card`` are one process each; ``baseline``, ``train``, ``evaluate`` and ``export`` are done by the ranks in one go. A
+process that ends well without leaving its markers is an error: nothing is taken as done on trust.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trainer import console
+from trainer.drive.prepared import read_prepared
+from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
+from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
+from trainer.markers import STAGES, is_current
+from trainer.paths import RunFolder, write_atomic
+from trainer.plan import RunPlan, stage_inputs
+from trainer_launch.leash import can_leash
+from trainer_launch.node import Child, NodeResult, supervise
+from trainer_launch.run import run, write_hand_files
+from trainer_launch.spec import LaunchSpec
+
+BY_RANKS = ("baseline", "train", "evaluate", "export")
+BY_ONE_PROCESS = {
+    "prepare": "trainer.prepare",
+    "verify": "trainer.export.verify",
+    "card": "trainer.export.card",
+}
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run that this process holds the lock of (``lock``: its descriptor); ``command`` is what the user typed."""
+
+    plan: RunPlan
+    folder: RunFolder
+    lock: int
+    command: str
+
+
+def pending(plan: RunPlan, folder: RunFolder, wanted: Sequence[str]) -> list[str]:
+    """Those of ``wanted`` that are not done with their present inputs, in the order of a run."""
+    return [stage for stage in STAGES if stage in wanted and not is_current(folder, stage, stage_inputs(plan, stage))]
+
+
+def run_stages(job: Job, wanted: Sequence[str]) -> int:
+    """Do what is pending of ``wanted``; gives the exit code of the first process that did not end well, else 0.
+
+    Raises:
+        RunError: no space for what the ranks will write.
+        TrainingFault: a process ended well without leaving its markers.
+    """
+    if "prepare" in pending(job.plan, job.folder, wanted):
+        code = _one_process(job, "prepare")
+        if code != EXIT_DONE:
+            return code
+    by_ranks = [stage for stage in pending(job.plan, job.folder, wanted) if stage in BY_RANKS]
+    if by_ranks:
+        _require_space(job, by_ranks)
+        code = _ranks(job, by_ranks)
+        if code != EXIT_DONE:
+            return code
+    for stage in ("verify", "card"):
+        if stage in pending(job.plan, job.folder, wanted):
+            code = _one_process(job, stage)
+            if code != EXIT_DONE:
+                return code
+    return EXIT_DONE
+
+
+def mark_done(folder: RunFolder, identity: str) -> None:
+    """Write DONE: every stage is finished."""
+    write_atomic(folder.done, f"{identity} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+
+
+def launch_spec(plan: RunPlan, folder: RunFolder, stages: Sequence[str]) -> LaunchSpec:
+    """What the agent starts for ``stages``."""
+    return LaunchSpec(
+        run_dir=str(folder.root),
+        arguments=(str(folder.root), "--stages", ",".join(stages)),
+        processes=plan.processes,
+        threads=plan.threads,
+        python=sys.executable,
+        nodes=plan.nodes,
+    )
+
+
+def _one_process(job: Job, stage: str) -> int:
+    child = Child(
+        name=stage,
+        arguments=(sys.executable, "-m", BY_ONE_PROCESS[stage], str(job.folder.root)),
+        variables={"PYTHONUNBUFFERED": "1"},
+        log=job.folder.logs / f"{stage}.log",
+        shown=True,
+    )
+    with console.Relay() as show:
+        result = supervise([child], show, keep_open=(job.lock,))
+    return _judge(job, result, [stage])
+
+
+def _ranks(job: Job, stages: list[str]) -> int:
+    spec = launch_spec(job.plan, job.folder, stages)
+    by_hand = write_hand_files(spec, job.folder.launch, device=job.plan.device)
+    console.note(f"{spec.world_size} rank(s) on {job.plan.device}: {', '.join(stages)}")
+    console.note("the same by hand, with torchrun or accelerate:")
+    for line in by_hand:
+        console.note(f"  {line}")
+    if not can_leash():
+        console.warn("on this system the ranks go on by themselves should this process be killed with SIGKILL")
+    with console.Relay() as show:
+        result = run(spec, show, keep_open=(job.lock,))
+    return _judge(job, result, stages)
+
+
+def _judge(job: Job, result: NodeResult, stages: Sequence[str]) -> int:
+    if result.exit_code == EXIT_DONE:
+        _require_markers(job, stages)
+        return EXIT_DONE
+    if result.exit_code == EXIT_STOPPED:
+        console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
+        return EXIT_STOPPED
+    if result.shown and result.exit_code == EXIT_USER:
+        return EXIT_USER  # the process has said what is wrong and what to do
+    if result.log and not result.shown:
+        for line in _tail(Path(result.log)):
+            console.note(f"  | {line}")
+    console.error(result.cause)
+    return result.exit_code
+
+
+def _require_markers(job: Job, stages: Sequence[str]) -> None:
+    missing = pending(job.plan, job.folder, stages)
+    if missing:
+        raise TrainingFault(
+            "a process ended well without finishing its work",
+            where=str(job.folder.stages),
+            got=f"no current marker of: {', '.join(missing)}",
+            allowed="a marker of every finished stage",
+            do=f"look into {job.folder.logs} and report it: this is a defect of the program",
+        )
+
+
+def _require_space(job: Job, stages: Sequence[str]) -> None:
+    prepared = read_prepared(job.folder)
+    config = job.plan.config
+    need = bytes_needed(
+        weight_bytes=weight_bytes(Path(prepared.base.directory)),
+        trainable=trained_parameters(
+            prepared.base.parameters,
+            rank=config.method.rank if config.method.name == "lora" else None,
+            width=model_width(Path(prepared.base.directory)),
+        ),
+        keep=config.checkpoint.keep,
+        trains="train" in stages,
+        exports_adapter="export" in stages and config.export.adapter and config.method.name == "lora",
+        exports_merged="export" in stages and config.export.merged,
+    )
+    require_space(job.folder.root, need)
+
+
+def _tail(log: Path) -> list[str]:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-TAIL_LINES:]
