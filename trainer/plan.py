@@ -12,22 +12,16 @@ import msgspec
 
 from trainer import __version__
 from trainer.config import Config
-from trainer.errors import ConfigError, Problem, RunError
+from trainer.errors import ConfigError, RunError
 from trainer.fingerprint import digest
-from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint
+from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
+from trainer.layout import Devices as Devices
+from trainer.layout import adapted_layers, batch_packs, layer_problems, plan_layout
 from trainer.markers import STAGES
+from trainer.memory import MemoryEstimate, estimate, lora_parameters
 from trainer.rules import check as check
 
 FORMAT = 1
-DEFAULT_BATCH_PACKS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Devices:
-    """What this machine has: visible GPUs and CPU cores."""
-
-    gpus: int
-    cores: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +51,6 @@ class RunPlan:
     code_version: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Where the ranks run and how a batch is divided among them."""
-
-    device: Literal["cpu", "cuda"]
-    processes: int
-    threads: int
-    strategy: Literal["single", "ddp"]
-    batch_packs: int
-    accumulation: int
-
-
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     """Return the plan of ``config`` on this machine.
 
@@ -77,6 +59,7 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     """
     problems = check(config)
     problems += input_problems(config, cwd)
+    problems += layer_problems(config, model_shape(config, cwd))
     layout = plan_layout(config, devices, problems)
     if problems:
         raise ConfigError.of(list(dict.fromkeys(problems)))
@@ -105,80 +88,40 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     )
 
 
-# ---- devices and batch
+# ---- memory
 
 
-def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> Layout:
-    """Return device, ranks and batch; what does not work out goes to ``problems``, and the layout is then no use."""
-    launch = config.launch
-    device = launch.device if launch.device != "auto" else "cuda" if devices.gpus else "cpu"
-    processes = launch.processes or (max(devices.gpus, 1) if device == "cuda" else 1)
-    if device == "cuda" and processes > devices.gpus:
-        problems.append(
-            Problem(
-                what="more ranks than GPUs",
-                where="launch.device" if devices.gpus == 0 else "launch.processes",
-                got=f"{processes} with {devices.gpus} visible",
-                allowed=f"1 to {devices.gpus}" if devices.gpus else "launch.device=cpu: no GPU is visible here",
-                do=f"launch.processes={devices.gpus}" if devices.gpus else "launch.device=cpu, or check the driver",
-            )
-        )
-    if device == "cpu" and config.model.dtype == "float16":
-        problems.append(
-            Problem(
-                what="float16 is not computed on CPUs",
-                where="model.dtype",
-                got="float16 with launch.device=cpu",
-                allowed="auto, bfloat16, float32",
-                do="model.dtype=auto",
-            )
-        )
-    if config.parallel.name == "ddp" and processes == 1:
-        problems.append(
-            Problem(
-                what="needs at least two ranks",
-                where="parallel.name",
-                got="ddp with 1 rank",
-                allowed="launch.processes of 2 or more",
-                do="launch.processes=2, or parallel=auto",
-            )
-        )
-    packs = batch_packs(config)
-    if packs % processes:
-        problems.append(_remainder(config, packs, processes))
-    return Layout(
-        device=device,
-        processes=processes,
-        threads=launch.threads or max(1, devices.cores // processes),
-        strategy="ddp" if processes > 1 else "single",
-        batch_packs=packs,
-        accumulation=max(1, packs // processes),
+def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate | None:
+    """Estimate one rank's memory; None (unknown) for a model that is not on disk or not Llama-like.
+
+    ``dtype`` is the resolved compute dtype; without it ``auto`` counts as bfloat16 on a GPU and float32 on a CPU.
+    """
+    config = plan.config
+    method, shape = config.method, model_shape(plan.config, Path(plan.run_dir))
+    if shape is None:
+        return None
+    if dtype is None:
+        dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if plan.device == "cuda" else "float32"
+    layers = range(shape.layers) if method.layers is None else adapted_layers(method.layers, shape.layers)
+    if layers is None:
+        return None
+    adapter = lora_parameters(
+        shape, rank=method.rank, targets=method.targets, adapted_layers=len(layers), dora=method.dora
     )
-
-
-def batch_packs(config: Config) -> int:
-    """Return the global batch in packs, whichever way it was given; 8 when it was not."""
-    optim = config.optim
-    if optim.batch_packs is not None:
-        return optim.batch_packs
-    if optim.batch_tokens is not None:
-        return max(1, optim.batch_tokens // config.packing.capacity)
-    return DEFAULT_BATCH_PACKS
-
-
-def _remainder(config: Config, packs: int, world: int) -> Problem:
-    """Explain a global batch that does not divide among the ranks, with the numbers that would."""
-    below, above = packs // world * world, -(-packs // world) * world
-    fitting = [number for number in (below, above) if number]
-    in_tokens = config.optim.batch_tokens is not None
-    key, unit = ("batch_tokens", config.packing.capacity) if in_tokens else ("batch_packs", 1)
-    ranks = [number for number in range(world - 1, 0, -1) if packs % number == 0]
-    return Problem(
-        what="the global batch does not divide among the ranks",
-        where=f"optim.{key}",
-        got=f"{packs} packs for {world} ranks",
-        allowed=f"a multiple of {world * unit}",
-        do=" or ".join(f"optim.{key}={number * unit}" for number in fitting) + f", or launch.processes={ranks[0]}",
+    frozen = method.freeze_layers * shape.layer_parameters
+    frozen += shape.embedding_parameters if method.freeze_embeddings else 0
+    return estimate(
+        shape,
+        method=method.name,
+        dtype=dtype,
+        capacity=config.packing.capacity,
+        strategy=plan.strategy,
+        adapter_parameters=adapter if method.name == "lora" else 0,
+        frozen_parameters=frozen,
+        traversed_layers=shape.layers - layers.start if method.name == "lora" else None,
+        checkpointing=config.model.activation_checkpointing,
     )
 
 

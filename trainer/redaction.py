@@ -12,7 +12,7 @@ REDACTED = "[redacted]"
 
 _SECRET_NAME = re.compile(
     r"(?:^|[_.\-])(?:token|tokens|api_?key|access_?key|secret|secrets|password|passwd|passphrase|credential|credentials)"
-    r"(?:$|[_.\-](?:id|key|value|file)?$)",
+    r"(?:$|[_.\-](?:id|key|value)?$)",
     re.IGNORECASE,
 )
 _SECRET_SHAPES = (

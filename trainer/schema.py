@@ -16,9 +16,55 @@ import msgspec
 
 from trainer.errors import Problem, nearest
 
-type_name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 Locate = Callable[[str], str]
 """Key path to what a problem there is headed with: the path itself, and the file that says it."""
+
+
+OTHER_NAMES = {
+    "adam_epsilon": "optim.eps",
+    "base_model": "model.path",
+    "batch_size": "optim.batch_packs",
+    "bf16": "model.dtype",
+    "cutoff_len": "packing.capacity",
+    "dataset": "data.train",
+    "dataset_path": "data.train",
+    "early_stopping_patience": "eval.patience",
+    "eval_steps": "eval.every",
+    "fp16": "model.dtype",
+    "gradient_accumulation_steps": "optim.batch_packs",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "grad_clip": "optim.clip_norm",
+    "learning_rate": "optim.lr",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_target_modules": "method.targets",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "max_length": "packing.capacity",
+    "max_seq_len": "packing.capacity",
+    "max_seq_length": "packing.capacity",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "neftune_noise_alpha": "optim.neftune_alpha",
+    "num_epochs": "optim.epochs",
+    "num_train_epochs": "optim.epochs",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "optim.batch_packs",
+    "r": "method.rank",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "sequence_len": "packing.capacity",
+    "target_modules": "method.targets",
+    "torch_dtype": "model.dtype",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "warmup_ratio": "optim.warmup",
+}
+"""What other tools call a key, for the advice on an unknown one; never accepted in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +120,8 @@ def hint_at(root: type, path: Sequence[str]) -> Any | Problem:
 
 def unknown_key(where: str, key: str, allowed: Sequence[str]) -> Problem:
     """Say that there is no such key, and which ones there are."""
-    return Problem(
-        what="unknown key", where=where, got=key, allowed=", ".join(allowed), do=nearest(key, allowed) or "remove it"
-    )
+    do = f"did you mean '{OTHER_NAMES[key]}'?" if key in OTHER_NAMES else nearest(key, allowed) or "remove it"
+    return Problem(what="unknown key", where=where, got=key, allowed=", ".join(allowed), do=do)
 
 
 def describe(hint: Any) -> str:
@@ -92,7 +137,7 @@ def describe(hint: Any) -> str:
     elif is_dataclass(core):
         text = "a section with the keys " + ", ".join(field.name for field in fields(core))
     else:
-        text = type_name[core]
+        text = _TYPE_NAMES[core]
     return text + _limits_in_words(parts.limits) + (", or null" if parts.nullable else "")
 
 

@@ -1,0 +1,147 @@
+"""Devices, ranks and the arithmetic of the global batch: what must divide, and which numbers would.
+
+The user sets the global batch; how many micro-batches a rank takes follows from the ranks. A remainder is an error and
+never rounded away, so that the same config is the same training on any number of GPUs.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config import Config
+from trainer.errors import Problem
+from trainer.memory import ModelShape
+
+DEFAULT_BATCH_PACKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Devices:
+    """What this machine has: visible GPUs and CPU cores."""
+
+    gpus: int
+    cores: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the ranks run and how a batch is divided among them."""
+
+    device: Literal["cpu", "cuda"]
+    processes: int
+    threads: int
+    strategy: Literal["single", "ddp"]
+    batch_packs: int
+    accumulation: int
+
+
+def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> Layout:
+    """Return device, ranks and batch; what does not work out goes to ``problems``, and the layout is then no use."""
+    launch = config.launch
+    device = launch.device if launch.device != "auto" else "cuda" if devices.gpus else "cpu"
+    processes = launch.processes or (max(devices.gpus, 1) if device == "cuda" else 1)
+    if device == "cuda" and processes > devices.gpus:
+        problems.append(
+            Problem(
+                what="more ranks than GPUs",
+                where="launch.device" if devices.gpus == 0 else "launch.processes",
+                got=f"{processes} with {devices.gpus} visible",
+                allowed=f"1 to {devices.gpus}" if devices.gpus else "launch.device=cpu: no GPU is visible here",
+                do=f"launch.processes={devices.gpus}" if devices.gpus else "launch.device=cpu, or check the driver",
+            )
+        )
+    if device == "cpu" and config.model.dtype == "float16":
+        problems.append(
+            Problem(
+                what="float16 is not computed on CPUs",
+                where="model.dtype",
+                got="float16 with launch.device=cpu",
+                allowed="auto, bfloat16, float32",
+                do="model.dtype=auto",
+            )
+        )
+    if config.parallel.name == "ddp" and processes == 1:
+        problems.append(
+            Problem(
+                what="needs at least two ranks",
+                where="parallel.name",
+                got="ddp with 1 rank",
+                allowed="launch.processes of 2 or more",
+                do="launch.processes=2, or parallel=auto",
+            )
+        )
+    packs = batch_packs(config)
+    if packs % processes:
+        problems.append(_remainder(config, packs, processes))
+    return Layout(
+        device=device,
+        processes=processes,
+        threads=launch.threads or max(1, devices.cores // processes),
+        strategy="ddp" if processes > 1 else "single",
+        batch_packs=packs,
+        accumulation=max(1, packs // processes),
+    )
+
+
+def batch_packs(config: Config) -> int:
+    """Return the global batch in packs, whichever way it was given; 8 when it was not."""
+    optim = config.optim
+    if optim.batch_packs is not None:
+        return optim.batch_packs
+    if optim.batch_tokens is not None:
+        return max(1, optim.batch_tokens // config.packing.capacity)
+    return DEFAULT_BATCH_PACKS
+
+
+def _remainder(config: Config, packs: int, world: int) -> Problem:
+    """Explain a global batch that does not divide among the ranks, with the numbers that would."""
+    below, above = packs // world * world, -(-packs // world) * world
+    fitting = [number for number in (below, above) if number]
+    in_tokens = config.optim.batch_tokens is not None
+    key, unit = ("batch_tokens", config.packing.capacity) if in_tokens else ("batch_packs", 1)
+    ranks = [number for number in range(world - 1, 0, -1) if packs % number == 0]
+    return Problem(
+        what="the global batch does not divide among the ranks",
+        where=f"optim.{key}",
+        got=f"{packs} packs for {world} ranks",
+        allowed=f"a multiple of {world * unit}",
+        do=" or ".join(f"optim.{key}={number * unit}" for number in fitting) + f", or launch.processes={ranks[0]}",
+    )
+
+
+def layer_problems(config: Config, shape: ModelShape | None) -> list[Problem]:
+    """Return what is wrong with layer numbers; nothing where the number of layers is not known yet."""
+    if shape is None:
+        return []
+    problems: list[Problem] = []
+    if config.method.freeze_layers > shape.layers:
+        problems.append(
+            Problem(
+                what="more layers than the model has",
+                where="method.freeze_layers",
+                got=str(config.method.freeze_layers),
+                allowed=f"0 to {shape.layers}",
+                do="lower it",
+            )
+        )
+    if config.method.layers is not None and adapted_layers(config.method.layers, shape.layers) is None:
+        problems.append(
+            Problem(
+                what="are no layers of this model",
+                where="method.layers",
+                got=config.method.layers,
+                allowed=f"layers 0 to {shape.layers - 1}, for example '{shape.layers // 2}:'",
+                do="choose from these, or null for all",
+            )
+        )
+    return problems
+
+
+def adapted_layers(text: str, count: int) -> range | None:
+    """Return the layers that ``15:``, ``:8``, ``4:12`` or ``-10:`` name; None when one is outside, or there is none."""
+    parts = [part.strip() for part in text.split(":")]
+    if len(parts) != 2 or not all(re.fullmatch(r"(-?\d+)?", part) for part in parts):
+        return None
+    start, stop = (int(part) if part else default for part, default in zip(parts, (0, count), strict=True))
+    start, stop = (number + count if number < 0 else number for number in (start, stop))
+    return range(start, stop) if 0 <= start < stop <= count else None
