@@ -11,8 +11,8 @@ beside its place and renamed: it is there whole, or not at all. Nothing in it is
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +126,8 @@ class ArenaWriter:
                 do="open the arena that is there, or remove the folder",
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.partial-", dir=self._path.parent))
+        self._partial = self._path.parent / f".{self._path.name}.partial-{secrets.token_hex(8)}"
+        self._partial.mkdir()
         self._file: BinaryIO = open(self._partial / _TOKENS, "wb")  # noqa: SIM115  (closed by close or _abandon)
         self._hash = hashlib.sha256()
         self._stored = 0
@@ -352,8 +353,8 @@ def _map_files(folder: Path, record: _Record) -> TokenArena:
         file = folder / f"{name}.npy"
         try:
             values = np.load(file, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise _damaged(file, str(error)) from error
+        except ValueError as error:  # numpy's own words recommend unpickling
+            raise _damaged(file, "not a plain array of numbers") from error
         if values.dtype != np.dtype(dtype) or values.shape != (record.num_documents,):
             raise _damaged(file, f"{values.dtype}{list(values.shape)} instead of {dtype}[{record.num_documents}]")
         index[name] = values

@@ -12,13 +12,13 @@ same plan without talking, on any machine, at any world size.
 
 from dataclasses import dataclass
 from math import isfinite
-from operator import index
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer_kernels import planners
+from trainer_kernels.checks import refuse_documents, whole, whole_numbers
 from trainer_kernels.errors import PackingError
 from trainer_kernels.order import DOCUMENTS, PACKS, permuted
 
@@ -33,6 +33,9 @@ lost per million documents."""
 
 MAX_CAPACITY = 1 << 26
 """Largest capacity; keeps tables by room small and products of a capacity and a pool within 64 bits."""
+
+MAX_DOCUMENTS = (1 << 31) - 1
+"""Document ids are int32."""
 
 SMALLEST_POOL = 1024
 
@@ -62,7 +65,7 @@ class CostModel:
 
         One division, one product and one rounding up: the same numbers on every machine with IEEE 754 doubles.
         """
-        length = np.asarray(lengths).astype(np.int64)
+        length = whole_numbers("lengths", lengths, 0).astype(np.int64)
         pairs = np.ceil(self.b / self.a * (length * length).astype(np.float64))
         return length + np.minimum(pairs, float(1 << 62)).astype(np.int64)
 
@@ -84,10 +87,7 @@ class PackPlan:
 
     def pack(self, i: int) -> NDArray[np.int32]:
         """Document ids of pack ``i`` (``0 <= i < len(plan)``), a view of int32[k], k >= 1."""
-        if not 0 <= i < len(self):
-            raise PackingError(
-                "there is no such pack", got=i, allowed=f"0 to {len(self) - 1}", do="ask for a pack of this plan"
-            )
+        whole("the number of a pack", i, 0, len(self) - 1)
         return self.items[self.offsets[i] : self.offsets[i + 1]]
 
 
@@ -112,10 +112,10 @@ def pack(
 
     Raises ``PackingError`` for no documents, lengths below 1 or above the capacity, and options out of range.
     """
-    capacity = _whole("capacity", capacity, 1, MAX_CAPACITY)
-    seed = _whole("seed", seed, 0, (1 << 64) - 1)
-    epoch = _whole("epoch", epoch, 0, (1 << 32) - 1)
-    most = (1 << 31) - 1 if max_docs is None else _whole("max_docs", max_docs, 1, (1 << 31) - 1)
+    capacity = whole("capacity", capacity, 1, MAX_CAPACITY)
+    seed = whole("seed", seed, 0, (1 << 64) - 1)
+    epoch = whole("epoch", epoch, 0, (1 << 32) - 1)
+    most = MAX_DOCUMENTS if max_docs is None else whole("max_docs", max_docs, 1, MAX_DOCUMENTS)
     if algorithm not in get_args(Algorithm):
         raise PackingError(
             "unknown packing algorithm",
@@ -133,7 +133,7 @@ def pack(
     weights = _weights(lengths, capacity, cost)
     total = int(weights.sum(dtype=np.int64))
     if algorithm == "rfc":
-        ahead = _default_pool(capacity, len(weights), total) if pool is None else _whole("pool", pool, 1, (1 << 31) - 1)
+        ahead = _default_pool(capacity, len(weights), total) if pool is None else whole("pool", pool, 1, MAX_DOCUMENTS)
         items, offsets = plan_rfc(weights, capacity, seed=seed, epoch=epoch, pool=ahead, max_docs=most)
     else:
         items, offsets = plan_decreasing(weights, capacity, algorithm, seed=seed, epoch=epoch, max_docs=most)
@@ -188,52 +188,21 @@ def _default_pool(capacity: int, count: int, total: int) -> int:
 
 def _weights(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None) -> NDArray[np.int32]:
     """What each document takes of the capacity, int32[n], after all checks."""
-    array = np.asarray(lengths)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    array = whole_numbers("lengths", lengths, 1)
+    if len(array) == 0:
         raise PackingError(
-            "lengths must be one whole number per document",
-            got=f"{array.dtype} of shape {array.shape}",
-            allowed="a one-dimensional integer array",
-            do="give the number of tokens of each document",
+            "there are no documents to pack",
+            got="0 documents",
+            allowed=f"1 to {MAX_DOCUMENTS}",
+            do="check which rows were dropped before packing",
         )
-    if not 1 <= len(array) < (1 << 31):
-        raise PackingError(
-            "there are no documents to pack" if len(array) == 0 else "there are too many documents for one plan",
-            got=f"{len(array)} documents",
-            allowed="1 to 2147483647",
-            do="check which rows were dropped before packing" if len(array) == 0 else "split the data into shards",
-        )
-    if int(array.min()) < 1:
-        _refuse_documents("documents without tokens", array, array < 1, "at least 1 token", "leave these documents out")
+    whole("the number of documents", len(array), 1, MAX_DOCUMENTS)
     if int(array.max()) > capacity:
         do = "drop, truncate or split them, or raise the capacity"
-        _refuse_documents("documents that fit no pack", array, array > capacity, f"1 to {capacity} tokens", do)
+        refuse_documents("documents that fit no pack", array, array > capacity, f"1 to {capacity} tokens", do)
     weights = array if cost is None else cost.weight(array)
     if int(weights.max()) > capacity:
         do = f"raise the capacity to at least {int(weights.max())}, or drop, truncate or split them"
         what = "documents that cost more than a pack may"
-        _refuse_documents(what, weights, weights > capacity, f"a weight of at most {capacity}", do)
+        refuse_documents(what, weights, weights > capacity, f"a weight of at most {capacity}", do)
     return np.ascontiguousarray(weights, np.int32)
-
-
-def _refuse_documents(what: str, values: NDArray[np.integer], wrong: NDArray[np.bool_], allowed: str, do: str) -> None:
-    ids = np.flatnonzero(wrong)
-    first = ", ".join(f"document {i} with {int(values[i])}" for i in ids[:5])
-    more = ", ..." if len(ids) > 5 else ""
-    raise PackingError(what, got=f"{len(ids)} of {len(values)}: {first}{more}", allowed=allowed, do=do)
-
-
-def _whole(name: str, value: int, least: int, most: int) -> int:
-    """``value`` as a Python int within ``[least, most]``."""
-    try:
-        number = index(value)
-    except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise PackingError(
-            f"{name} is out of range",
-            got=repr(value),
-            allowed=f"a whole number from {least} to {most}",
-            do=f"give another {name}",
-        )
-    return number

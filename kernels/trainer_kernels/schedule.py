@@ -17,12 +17,16 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer_kernels.checks import whole, whole_numbers
 from trainer_kernels.errors import PackingError
 from trainer_kernels.packing import PackPlan
 
 Sync = Literal["micro", "step"]
 Position = tuple[int, int]
 """``(epoch, pack)``."""
+
+MOST = 1 << 40
+"""Largest number of ranks, micro-batches or steps; only there to refuse nonsense."""
 
 _NO_DOCUMENTS = np.empty(0, np.int32)
 _NO_DOCUMENTS.flags.writeable = False
@@ -79,9 +83,8 @@ class Schedule:
 
     def batches(self, rank: int, start: int = 0) -> Iterator[list[NDArray[np.int32]]]:
         """Per step from ``start`` on: ``accumulation`` arrays of document ids for ``rank``, empty for an empty pack."""
-        _in_range("rank", rank, self.world_size)
-        if start != self.num_steps:  # a finished run has nothing left
-            _in_range("start", start, self.num_steps)
+        whole("rank", rank, 0, self.world_size - 1)
+        whole("start", start, 0, self.num_steps)  # a finished run has nothing left
         return self._batches(rank, start)
 
     def _batches(self, rank: int, start: int) -> Iterator[list[NDArray[np.int32]]]:
@@ -104,7 +107,7 @@ class Schedule:
         return plan.pack(pack)
 
     def _stretch(self, step: int) -> tuple[int, int]:
-        _in_range("step", step, self.num_steps)
+        whole("step", step, 0, self.num_steps - 1)
         first = step * self.packs_per_step
         return first, min(first + self.packs_per_step, self.num_packs)
 
@@ -136,10 +139,10 @@ def schedule(
 
     Raises ``PackingError`` for options out of range, fewer packs than one step takes, or a step without targets.
     """
-    _at_least_one("world_size", world_size)
-    _at_least_one("accumulation", accumulation)
+    whole("world_size", world_size, 1, MOST)
+    whole("accumulation", accumulation, 1, MOST)
     if max_steps is not None:
-        _at_least_one("max_steps", max_steps)
+        whole("max_steps", max_steps, 1, MOST)
     if sync not in get_args(Sync):
         raise PackingError(
             "unknown kind of sync", got=repr(sync), allowed=", ".join(get_args(Sync)), do="choose when ranks wait"
@@ -148,6 +151,9 @@ def schedule(
         raise PackingError("epochs is out of range", got=epochs, allowed="above 0", do="give a number of passes")
     per_step = world_size * accumulation
     limit = None if max_steps is None else max_steps * per_step
+    targets = whole_numbers("targets", targets, 0)
+    if costs is not None:
+        costs = whole_numbers("costs", costs, 0)
     kept = lru_cache(maxsize=2)(packs)
     first, per_pack_targets, per_pack_costs = _lay_out(kept, targets, costs, epochs, limit)
     count = len(per_pack_targets)
@@ -211,7 +217,7 @@ def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray
             allowed="one number per document of the plan",
             do="take lengths, targets and costs from the same arena",
         )
-    return np.add.reduceat(np.asarray(values)[plan.items], plan.offsets[:-1], dtype=np.int64)
+    return np.add.reduceat(values[plan.items], plan.offsets[:-1], dtype=np.int64)
 
 
 def _refuse_empty_steps(prefix: NDArray[np.int64], per_step: int) -> None:
@@ -246,15 +252,3 @@ def _even_sums(costs: list[int], world_size: int) -> list[int]:
         if len(shares[rank]) < accumulation:
             heapq.heappush(loads, (load + costs[entry], rank))
     return [shares[rank][micro] for micro in range(accumulation) for rank in range(world_size)]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise PackingError(f"{name} is out of range", got=value, allowed="at least 1", do=f"give another {name}")
-
-
-def _in_range(name: str, value: int, count: int) -> None:
-    if not 0 <= value < count:
-        raise PackingError(
-            f"there is no such {name}", got=value, allowed=f"0 to {count - 1}", do="ask for one of this schedule"
-        )
