@@ -181,7 +181,9 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line of this process and exit."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     sys.exit(console.run_and_report(_main))
 
 

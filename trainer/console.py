@@ -82,7 +82,7 @@ def error(fault: TrimtabError | str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """A table of texts. Where there is no terminal it takes the width it needs, and nothing is cut."""
-    drawn = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:

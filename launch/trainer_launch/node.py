@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -240,10 +241,9 @@ class _Supervisor:
         if foreign and index == 0:
             self._on_line(f"warning: not passed on, because the run's config decides: {', '.join(foreign)}")
         child.log.parent.mkdir(parents=True, exist_ok=True)
-        log = child.log.open("ab")
+        log = child.log.open("ab", buffering=0)  # with a buffer, closing it on a full disk would fail once more
         stamp = datetime.now().astimezone().isoformat(timespec="seconds")
         log.write(f"=== {stamp} {child.name}: {shlex.join(child.arguments)}\n".encode())
-        log.flush()
         start = log.tell()
         process = subprocess.Popen(
             [child.arguments[0], "-I", "-S", leash.__file__, str(os.getpid()), *child.arguments],
@@ -264,14 +264,13 @@ class _Supervisor:
         waiter.start()
         return _Running(child, process, start, reader, waiter)
 
-    def _read(self, pipe: IO[bytes], log: IO[bytes]) -> None:
+    def _read(self, pipe: IO[bytes], log: FileIO) -> None:
         writable = True
         with pipe, log:
             for raw in pipe:
                 try:
                     if writable:
                         log.write(raw)
-                        log.flush()
                 except OSError as fault:  # a full disk: the pipe has to be read on, or the rank would hang
                     writable = False
                     self._events.put(_Line(f"warning: {log.name} is not written any further: {fault.strerror}"))
@@ -315,7 +314,9 @@ class _Supervisor:
     def _blame(self, failed: list[_Running]) -> NodeResult:
         words = [(running, last_words(running.child.log, running.log_start)) for running in failed]
         own = [(running, said) for running, said in words if not LOST_PEER.search(said)]
-        running, said = (own or words)[0]
+        first, said = (own or words)[0]
+        same = [running for running, other in words if other == said and running.child.shown]
+        running = same[0] if same else first  # all ranks found the same fault: the user has read it already
         code = running.code if running.code is not None else 1
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         detail = f": {said}" if said else ""

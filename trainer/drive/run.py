@@ -14,7 +14,7 @@ from trainer.drive.folder import make_folder, require_same_identity, write_input
 from trainer.drive.lock import hold
 from trainer.drive.overview import show_end, show_plan, show_start
 from trainer.drive.prepared import read_prepared, read_schedule
-from trainer.drive.stages import Job, mark_done, pending, run_stages
+from trainer.drive.stages import Job, Programs, mark_done, pending, run_stages
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
@@ -46,17 +46,27 @@ VERBS = {
 }
 
 
-def do_new(verb: str, config: Config, *, cwd: Path, command: str) -> int:
+PROGRAMS = Programs()
+
+
+def do_new(verb: str, config: Config, *, cwd: Path, command: str, programs: Programs = PROGRAMS) -> int:
     """Do ``verb`` for the run that ``config`` means, new or not; gives the exit code. ``command``: what was typed.
 
     Raises:
         TrimtabError: everything that stops a run before or after its processes.
     """
-    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command)
+    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command, programs)
 
 
 def do_existing(
-    verb: str, run: Path, overrides: Sequence[str], *, cwd: Path, command: str, show_config: bool = False
+    verb: str,
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    cwd: Path,
+    command: str,
+    show_config: bool = False,
+    programs: Programs = PROGRAMS,
 ) -> int:
     """Do ``verb`` for the run in the folder ``run``, with its own config and ``overrides`` (key=value) on top.
 
@@ -74,11 +84,11 @@ def do_existing(
         console.say(config_text(config).rstrip())
         return EXIT_DONE
     if verb == "verify" and not overrides:
-        return _do(verb, dataclasses.replace(stored, run_dir=str(root)), command)
-    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command)
+        return _do(verb, dataclasses.replace(stored, run_dir=str(root)), command, programs)
+    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command, programs)
 
 
-def _do(verb: str, plan: RunPlan, command: str) -> int:
+def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
     folder = RunFolder(Path(plan.run_dir))
     make_folder(folder)
     with hold(folder.lock, verb) as lock:
@@ -89,7 +99,7 @@ def _do(verb: str, plan: RunPlan, command: str) -> int:
             folder.done.unlink(missing_ok=True)
             write_inputs(folder, plan)
             show_start(plan, folder, todo)
-        job = Job(plan=plan, folder=folder, lock=lock, command=command)
+        job = Job(plan=plan, folder=folder, lock=lock, command=command, programs=programs)
         code = run_stages(job, VERBS[verb].stages)
         if code != EXIT_DONE:
             return code
@@ -98,13 +108,16 @@ def _do(verb: str, plan: RunPlan, command: str) -> int:
 
 
 def _finish(verb: str, plan: RunPlan, folder: RunFolder, *, was_done: bool) -> None:
+    left = pending(plan, folder, STAGES)
     if verb == "plan":
-        show_plan(plan, folder, read_prepared(folder), read_schedule(folder), pending(plan, folder, STAGES))
+        show_plan(plan, folder, read_prepared(folder), read_schedule(folder), left)
         return
+    if not left and not folder.done.exists():
+        mark_done(folder, plan.identity)
     if verb == "run":
-        if not folder.done.exists():
-            mark_done(folder, plan.identity)
         show_end(folder)
+    elif left:
+        console.note(f"left to do for the whole run: {', '.join(left)} (python -m trainer run {folder.root})")
     if was_done:
         console.say(f"everything was done before, with the same inputs: {folder.root}")
         console.note(f"to do a stage again, remove its file in {folder.stages}")

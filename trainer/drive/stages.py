@@ -24,12 +24,17 @@ from trainer_launch.run import run, write_hand_files
 from trainer_launch.spec import LaunchSpec
 
 BY_RANKS = ("baseline", "train", "evaluate", "export")
-BY_ONE_PROCESS = {
-    "prepare": "trainer.prepare",
-    "verify": "trainer.export.verify",
-    "card": "trainer.export.card",
-}
 TAIL_LINES = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """The module that does a stage, started as ``python -m MODULE RUN_DIR``; ``ranks`` gets ``--stages`` as well."""
+
+    prepare: str = "trainer.prepare"
+    ranks: str = "trainer.worker"
+    verify: str = "trainer.export.verify"
+    card: str = "trainer.export.card"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,7 @@ class Job:
     folder: RunFolder
     lock: int
     command: str
+    programs: Programs
 
 
 def pending(plan: RunPlan, folder: RunFolder, wanted: Sequence[str]) -> list[str]:
@@ -55,7 +61,7 @@ def run_stages(job: Job, wanted: Sequence[str]) -> int:
         TrainingFault: a process ended well without leaving its markers.
     """
     if "prepare" in pending(job.plan, job.folder, wanted):
-        code = _one_process(job, "prepare")
+        code = _one_process(job, "prepare", job.programs.prepare)
         if code != EXIT_DONE:
             return code
     by_ranks = [stage for stage in pending(job.plan, job.folder, wanted) if stage in BY_RANKS]
@@ -64,9 +70,9 @@ def run_stages(job: Job, wanted: Sequence[str]) -> int:
         code = _ranks(job, by_ranks)
         if code != EXIT_DONE:
             return code
-    for stage in ("verify", "card"):
+    for stage, module in (("verify", job.programs.verify), ("card", job.programs.card)):
         if stage in pending(job.plan, job.folder, wanted):
-            code = _one_process(job, stage)
+            code = _one_process(job, stage, module)
             if code != EXIT_DONE:
                 return code
     return EXIT_DONE
@@ -77,22 +83,23 @@ def mark_done(folder: RunFolder, identity: str) -> None:
     write_atomic(folder.done, f"{identity} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
 
 
-def launch_spec(plan: RunPlan, folder: RunFolder, stages: Sequence[str]) -> LaunchSpec:
+def launch_spec(job: Job, stages: Sequence[str]) -> LaunchSpec:
     """What the agent starts for ``stages``."""
     return LaunchSpec(
-        run_dir=str(folder.root),
-        arguments=(str(folder.root), "--stages", ",".join(stages)),
-        processes=plan.processes,
-        threads=plan.threads,
+        run_dir=str(job.folder.root),
+        module=job.programs.ranks,
+        arguments=(str(job.folder.root), "--stages", ",".join(stages)),
+        processes=job.plan.processes,
+        threads=job.plan.threads,
         python=sys.executable,
-        nodes=plan.nodes,
+        nodes=job.plan.nodes,
     )
 
 
-def _one_process(job: Job, stage: str) -> int:
+def _one_process(job: Job, stage: str, module: str) -> int:
     child = Child(
         name=stage,
-        arguments=(sys.executable, "-m", BY_ONE_PROCESS[stage], str(job.folder.root)),
+        arguments=(sys.executable, "-m", module, str(job.folder.root)),
         variables={"PYTHONUNBUFFERED": "1"},
         log=job.folder.logs / f"{stage}.log",
         shown=True,
@@ -103,7 +110,7 @@ def _one_process(job: Job, stage: str) -> int:
 
 
 def _ranks(job: Job, stages: list[str]) -> int:
-    spec = launch_spec(job.plan, job.folder, stages)
+    spec = launch_spec(job, stages)
     by_hand = write_hand_files(spec, job.folder.launch, device=job.plan.device)
     console.note(f"{spec.world_size} rank(s) on {job.plan.device}: {', '.join(stages)}")
     console.note("the same by hand, with torchrun or accelerate:")
