@@ -1,0 +1,362 @@
+"""``python -m trainer.export.verify RUN_DIR``: does what was exported answer like what was trained?
+
+It runs after all ranks have ended, in a process that has never seen the model in memory, and loads the folders the way
+a stranger would: plain transformers, plain peft, none of this project's attention. Only when this has passed does an
+export count.
+
+Three comparisons per folder, over the golden prompts of ``inference.json``:
+
+1. Log-probabilities of the likeliest next tokens along the trained model's own answers, from one forward pass each:
+   the largest difference within ``TOLERANCE`` of the dtype, the mean within a fifth of it.
+2. Greedy answers with nothing but the folder's ``generation_config.json``. They have to be equal token by token, except
+   that two tokens whose log-probabilities lie within the tolerance of each other may change places; that is counted
+   and printed.
+3. The chat template of the folder makes the recorded prompt, the padding token is no stop token, and all stop tokens
+   are in ``generation_config.json``.
+
+For an adapter the base without it is measured too: it shows that the tolerance can tell the two apart.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from trainer.console import note, run_and_report, say, warn
+from trainer.errors import RunError, TrainingFault
+from trainer.export.inference import (
+    GoldenPrompt,
+    Inference,
+    answer_log_probs,
+    load_plain_tokenizer,
+    read_inference,
+    render_prompt,
+    template_sha256,
+)
+from trainer.markers import Marker, write_marker
+from trainer.paths import RunFolder
+from trainer.plan import load_plan, stage_inputs
+from trainer.samples import Prepared
+
+TOLERANCE: dict[str, float] = {"float32": 0.005, "bfloat16": 0.5, "float16": 0.1}
+"""Largest allowed difference of a log-probability (nats) between the trained model and a reloaded one, by dtype.
+
+Measured on SmolLM2-135M with LoRA on CPU: bfloat16 at most 0.25, mean 0.05 (logits near 20 are multiples of 0.125
+there); float32 FP32_WORST. A lost or wrongly scaled adapter differs by several nats once it has learnt anything.
+"""
+MEAN_SHARE = 0.2
+"""The mean difference may be this share of the largest allowed one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One folder against the trained model.
+
+    ``difference``, ``mean``: largest and mean difference of a log-probability; ``near_ties``: answers that differ
+    from a pair of tokens on whose log-probabilities are closer than the tolerance; ``base_difference``: the same as
+    ``difference`` for the base without the adapter (None where it was not measured).
+    """
+
+    name: str
+    prompts: int
+    equal: int
+    near_ties: int
+    stopped: int
+    difference: float
+    mean: float
+    tolerance: float
+    base_difference: float | None
+
+
+def verify_adapter(
+    folder: Path, base_directory: Path, device: torch.device, *, trust_remote_code: bool = False
+) -> Comparison:
+    """Load the base with plain transformers and ``folder`` onto it with plain peft, and compare.
+
+    Raises:
+        TrainingFault: something differs.
+        RunError: the folder cannot be read.
+    """
+    inference = read_inference(folder)
+    check_serving_files(folder, inference)
+    if (folder / "config.json").exists():
+        raise _differs(folder, "the adapter folder has a config.json", "transformers would take it for a whole model")
+    base = _load_plain(base_directory, inference.dtype, device, trust_remote_code)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    _check_adapter_loaded(cast(PeftModel, model), folder)
+    with cast(PeftModel, model).disable_adapter():
+        without = max(part.max().item() for part in _differences(model, inference.golden, device))
+    return _compare("adapter", folder, model, inference, device, base_difference=without)
+
+
+def verify_merged(folder: Path, device: torch.device, *, trust_remote_code: bool = False) -> Comparison:
+    """Load ``folder`` with plain transformers, and compare.
+
+    Raises:
+        TrainingFault: something differs.
+        RunError: the folder cannot be read.
+    """
+    inference = read_inference(folder)
+    check_serving_files(folder, inference)
+    model = _load_plain(folder, inference.dtype, device, trust_remote_code)
+    return _compare("merged", folder, model, inference, device)
+
+
+def check_serving_files(folder: Path, inference: Inference) -> None:
+    """Check stop tokens, padding token and chat template of an export folder.
+
+    Raises:
+        TrainingFault: one of them is not as recorded.
+    """
+    config = GenerationConfig.from_pretrained(str(folder))
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    lost = sorted(set(inference.stop_token_ids) - set(stops))
+    if lost:
+        raise _differs(folder, f"stop tokens {lost} are not in generation_config.json ({stops})", "it would never stop")
+    if inference.pad_token_id in stops or config.pad_token_id != inference.pad_token_id:
+        raise _differs(
+            folder,
+            f"padding token {config.pad_token_id}, stop tokens {stops}",
+            f"recorded padding token {inference.pad_token_id}, which must not be a stop token",
+        )
+    tokenizer = load_plain_tokenizer(folder)
+    if template_sha256(tokenizer) != inference.chat_template_sha256:
+        raise _differs(folder, "the chat template is another one", "the recorded hash of the template")
+    probe = inference.template_probe
+    if probe is not None and render_prompt(tokenizer, probe.turns) != probe.prompt_ids:
+        raise _differs(folder, "the chat template makes other tokens than in training", "the recorded prompt ids")
+
+
+def verify_run(
+    folder: RunFolder,
+    *,
+    base_directory: Path,
+    adapter: bool,
+    merged: bool,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> list[Comparison]:
+    """Verify the export folders that a run was asked for.
+
+    Raises:
+        TrainingFault: an export does not answer like the trained model.
+        RunError: a folder is missing or unreadable.
+    """
+    comparisons: list[Comparison] = []
+    if adapter:
+        found = _existing(folder.adapter)
+        comparisons.append(verify_adapter(found, base_directory, device, trust_remote_code=trust_remote_code))
+    if merged:
+        comparisons.append(verify_merged(_existing(folder.merged), device, trust_remote_code=trust_remote_code))
+    return comparisons
+
+
+def describe(comparison: Comparison) -> str:
+    """One line for people."""
+    control = ""
+    if comparison.base_difference is not None:
+        control = f"; base without it {comparison.base_difference:.3g}"
+    ties = f", {comparison.near_ties} after a near tie" if comparison.near_ties else ""
+    return (
+        f"{comparison.name}: {comparison.equal} of {comparison.prompts} golden answers equal{ties}, "
+        f"{comparison.stopped} stop by themselves; log-probabilities differ by at most {comparison.difference:.3g} "
+        f"(mean {comparison.mean:.2g}, allowed {comparison.tolerance:g}{control})"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Verify the run in the folder that is the only argument, and write its marker."""
+    if len(arguments) != 1:
+        raise RunError("one run folder is needed", got=" ".join(arguments), allowed="RUN_DIR")
+    started = time.monotonic()
+    transformers_logging.disable_progress_bar()
+    folder = RunFolder(Path(arguments[0]))
+    plan = load_plan(folder.plan_json.read_bytes())
+    prepared = msgspec.json.decode(folder.prepared_json.read_bytes(), type=Prepared)
+    torch.set_num_threads(plan.threads)
+    comparisons = verify_run(
+        folder,
+        base_directory=Path(prepared.base.directory),
+        adapter=plan.config.method.name == "lora" and plan.config.export.adapter,
+        merged=plan.config.export.merged,
+        device=torch.device(plan.device),
+        trust_remote_code=plan.config.model.trust_remote_code,
+    )
+    for comparison in comparisons:
+        say(describe(comparison))
+        if comparison.stopped == 0:
+            warn(f"{comparison.name}: no golden answer ends with a stop token; all are cut off at task.max_new_tokens")
+        if comparison.base_difference is not None and comparison.base_difference <= comparison.tolerance:
+            note("the base model alone lies within the tolerance: training changed too little for this check to see")
+    write_marker(
+        folder,
+        Marker(
+            stage="verify",
+            inputs=stage_inputs(plan, "verify"),
+            seconds=time.monotonic() - started,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            summary=summary(comparisons),
+        ),
+    )
+    return 0
+
+
+def summary(comparisons: Sequence[Comparison]) -> dict[str, float | int | str]:
+    """What the marker and the card keep, flat: ``adapter_equal``, ``merged_difference``, ..."""
+    kept: dict[str, float | int | str] = {}
+    for one in comparisons:
+        kept[f"{one.name}_prompts"] = one.prompts
+        kept[f"{one.name}_equal"] = one.equal
+        kept[f"{one.name}_near_ties"] = one.near_ties
+        kept[f"{one.name}_stopped"] = one.stopped
+        kept[f"{one.name}_difference"] = one.difference
+        kept[f"{one.name}_mean_difference"] = one.mean
+        kept[f"{one.name}_tolerance"] = one.tolerance
+        if one.base_difference is not None:
+            kept[f"{one.name}_base_difference"] = one.base_difference
+    return kept
+
+
+def _compare(
+    name: str,
+    folder: Path,
+    model: torch.nn.Module,
+    inference: Inference,
+    device: torch.device,
+    base_difference: float | None = None,
+) -> Comparison:
+    """Log-probabilities first (they say how far off), then greedy answers."""
+    tolerance = TOLERANCE[inference.dtype]
+    differences = _differences(model, inference.golden, device)
+    worst, mean = max(part.max().item() for part in differences), torch.cat(differences).mean().item()
+    if worst > tolerance or mean > tolerance * MEAN_SHARE:
+        where = max(range(len(differences)), key=lambda row: differences[row].max().item())
+        raise _differs(
+            folder,
+            f"log-probabilities differ by up to {worst:.4g} ({inference.golden[where].id}), {mean:.4g} on average",
+            f"up to {tolerance:g}, {tolerance * MEAN_SHARE:g} on average, in {inference.dtype}",
+        )
+    answers = [_greedy(model, folder, golden, device) for golden in inference.golden]
+    ties = 0
+    for golden, answer in zip(inference.golden, answers, strict=True):
+        if answer != golden.generated_ids:
+            _allow_near_tie(folder, golden, answer, tolerance)
+            ties += 1
+    return Comparison(
+        name=name,
+        prompts=len(answers),
+        equal=len(answers) - ties,
+        near_ties=ties,
+        stopped=sum(bool(answer) and answer[-1] in inference.stop_token_ids for answer in answers),
+        difference=worst,
+        mean=mean,
+        tolerance=tolerance,
+        base_difference=base_difference,
+    )
+
+
+def _differences(model: torch.nn.Module, golden: Sequence[GoldenPrompt], device: torch.device) -> list[torch.Tensor]:
+    """Per prompt, float32 [n * 5]: how far each recorded log-probability is off; what is no number is infinitely far."""
+    found: list[torch.Tensor] = []
+    for prompt in golden:
+        now = answer_log_probs(model, prompt.prompt_ids, prompt.generated_ids, device)
+        off = now.gather(1, torch.tensor(prompt.top_ids)) - torch.tensor(prompt.top_log_probs)
+        found.append(off.abs().nan_to_num(nan=math.inf).flatten())
+    return found
+
+
+def _greedy(model: torch.nn.Module, folder: Path, golden: GoldenPrompt, device: torch.device) -> list[int]:
+    """What ``generate`` answers with the folder's own generation config."""
+    prompt = torch.tensor([golden.prompt_ids], dtype=torch.int64, device=device)
+    config = GenerationConfig.from_pretrained(str(folder))
+    output = cast(Any, model).generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+    )
+    return output[0, prompt.shape[1] :].tolist()
+
+
+def _allow_near_tie(folder: Path, golden: GoldenPrompt, answer: list[int], tolerance: float) -> None:
+    """Accept another token only where the trained model itself hardly preferred its own."""
+    pairs = zip(answer, golden.generated_ids, strict=False)
+    place = next((place for place, (now, then) in enumerate(pairs) if now != then), None)
+    if place is not None:
+        known = dict(zip(golden.top_ids[place], golden.top_log_probs[place], strict=True))
+        chosen, other = known.get(golden.generated_ids[place]), known.get(answer[place])
+        if chosen is not None and other is not None and abs(chosen - other) <= tolerance:
+            return
+    raise _differs(
+        folder,
+        f"{golden.id}: answered {answer}, first different at token {place}",
+        f"the trained model's answer {golden.generated_ids}",
+    )
+
+
+def _load_plain(directory: Path, dtype: str, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    """A model as any reader would load it; every weight has to come from the files."""
+    loaded, report = cast(
+        tuple[PreTrainedModel, dict[str, Any]],
+        AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=_DTYPES[dtype],
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        ),
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise _differs(
+            directory,
+            f"missing {sorted(report['missing_keys'])[:3]}, other shapes {sorted(report['mismatched_keys'])[:3]}",
+            "every weight of the model in the files",
+        )
+    return cast(PreTrainedModel, loaded.to(device).eval())  # pyright: ignore[reportArgumentType]
+
+
+def _check_adapter_loaded(model: PeftModel, folder: Path) -> None:
+    """peft only warns about adapter tensors that it could not place: compare what is in the model with the file."""
+    there = cast(dict[str, torch.Tensor], get_peft_model_state_dict(model, save_embedding_layers=False))
+    stored = load_file(folder / "adapter_model.safetensors")
+    wrong = sorted(set(there) ^ set(stored))
+    wrong += [name for name in stored if name in there and not torch.equal(there[name].cpu(), stored[name])]
+    if wrong:
+        raise _differs(
+            folder, f"{len(wrong)} adapter tensors did not arrive in the model, first {wrong[0]}", "all of them"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise RunError(
+            "there is no such export",
+            where=str(folder),
+            got="no folder",
+            do="run `python -m trainer export` on this run",
+        )
+    return folder
+
+
+def _differs(folder: Path, got: str, allowed: str) -> TrainingFault:
+    return TrainingFault(
+        "the export does not answer like the trained model",
+        where=str(folder),
+        got=got,
+        allowed=allowed,
+        do="do not ship it; run `python -m trainer export` on this run again, and report it if that does not help",
+    )
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+if __name__ == "__main__":
+    sys.exit(run_and_report(lambda: main(sys.argv[1:])))
