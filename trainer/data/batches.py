@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.batch import Batch
-from trainer_kernels import PackPlan, Schedule, TokenArena, collate, pack, schedule
+from trainer.errors import DataError
+from trainer_kernels import PackingError, PackPlan, Schedule, TokenArena, collate, pack, schedule
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
 Documents = NDArray[np.int32]
@@ -49,14 +50,20 @@ def training_schedule(
         max_steps: end after so many optimizer steps.
         world_size: ranks.
         accumulation: packs per rank and step; the global batch is ``world_size * accumulation`` packs.
+
+    Raises:
+        DataError: fewer packs than one step takes, a document longer than ``capacity``, a step without targets.
     """
 
     def packs(epoch: int) -> PackPlan:
         return pack(lengths, capacity, algorithm=algorithm, seed=seed, epoch=epoch, max_docs=max_documents)
 
-    return schedule(
-        packs, targets, epochs=epochs, world_size=world_size, accumulation=accumulation, max_steps=max_steps
-    )
+    try:
+        return schedule(
+            packs, targets, epochs=epochs, world_size=world_size, accumulation=accumulation, max_steps=max_steps
+        )
+    except PackingError as fault:
+        raise DataError(fault.what, got=fault.got, allowed=fault.allowed, do=fault.do) from fault
 
 
 @dataclass(frozen=True, slots=True, eq=False)

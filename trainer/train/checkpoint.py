@@ -213,10 +213,12 @@ def _write_rank(strategy: Strategy, staged: Path) -> None:
         tensors |= {f"{kind}:{fragment.name}": flat.contiguous() for kind, flat in fragment.tensors.items()}
         index[fragment.name] = FragmentInfo(fragment.start, fragment.length, fragment.shape, float(fragment.step))
     rank = strategy.ranks.rank
-    weights = staged / f"rank{rank}.safetensors"
+    listing = staged / f"rank{rank}.json"
+    write_atomic(listing, msgspec.json.encode(index))
+    weights = listing.with_suffix(".safetensors")
     save_file(tensors, weights)
+    weights.chmod(listing.stat().st_mode & 0o777)  # safetensors makes 0600, and a run folder is often a group's
     _sync_file(weights)
-    write_atomic(staged / f"rank{rank}.json", msgspec.json.encode(index))
 
 
 def _publish(ranks: Ranks, staged: Path, final: Path, state: TrainState, *, identity: str, base: str) -> None:

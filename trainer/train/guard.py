@@ -143,10 +143,14 @@ class LossHistory:
 
 @dataclass(slots=True, kw_only=True)
 class Best:
-    """The best validation so far. ``stale``: validations since the figure last improved by enough for patience."""
+    """The best validation so far: its ``step``, its ``value`` of the chosen figure, and all its ``figures``.
+
+    ``stale``: validations since the figure last improved by enough for patience.
+    """
 
     value: float | None = None
     step: int | None = None
+    figures: dict[str, float] = field(default_factory=dict[str, float])
     stale: int = 0
     bar: float | None = None
     """What the figure has to beat by ``min_improvement`` for ``stale`` to start again."""
@@ -180,7 +184,7 @@ class Judge:
             )
         improved = best.value is None or self._gain(best.value, value) > 0
         if improved:
-            best.value, best.step = value, step
+            best.value, best.step, best.figures = value, step, dict(figures)
         if best.bar is None or self._gain(best.bar, value) > self.min_improvement:
             best.bar, best.stale = value, 0
         else:

@@ -1,0 +1,270 @@
+"""A training run small enough for a test: a random Llama of 64 x 2, an arena of random documents, our own loop.
+
+It is also a program, ``python train_fixtures.py '{"folder": ..., ...}'``, because a run that is really killed has to be
+a process, and two ranks have to be two.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer.data.batches import TrainingBatches, held_out_batches, training_schedule
+from trainer.distributed import Ranks, Strategy, make_strategy, start_ranks
+from trainer.evaluate.loss import held_out_loss
+from trainer.model.adapters import attach_lora
+from trainer.model.attention import IMPLEMENTATION, register
+from trainer.model.loss import PackedLoss
+from trainer.train.checkpoint import TrainState, find_agreed, find_resumable, load, retain, save
+from trainer.train.guard import Judge, StopFlag
+from trainer.train.loop import Hooks, Settings, train
+from trainer.train.metrics import MetricsFile, StepRecord
+from trainer.train.optim import lr_schedule, make_optimizer
+from trainer_kernels import ArenaWriter, Schedule, TokenArena
+
+VOCABULARY = 67
+IDENTITY, BASE = "0123456789", "base"
+
+
+def tiny_config(dropout: float = 0.0) -> LlamaConfig:
+    """A Llama of hidden size 64 with 2 layers."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        attention_dropout=dropout,
+        tie_word_embeddings=False,
+        attn_implementation=IMPLEMENTATION,
+    )
+
+
+def tiny_model(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
+    """The same random weights for the same seed."""
+    register()
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_config(dropout))
+
+
+def tiny_loss(*, lora: bool, dropout: float = 0.0, compute_dtype: torch.dtype = torch.float32) -> PackedLoss:
+    """The module that is trained: full, or adapters with dropout on a frozen base."""
+    model: nn.Module = tiny_model(dropout)
+    if lora:
+        torch.manual_seed(7)
+        model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout)  # type: ignore[arg-type]
+    return PackedLoss(model, chunk=16, compute_dtype=compute_dtype)
+
+
+def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
+    """Documents of 3 to 40 tokens that repeat themselves (so there is something to learn), loss on their second half."""
+    random = np.random.default_rng(seed)
+    with ArenaWriter(folder) as writer:
+        for _ in range(documents):
+            length = int(random.integers(3, 41))
+            ids = (random.integers(0, 8) * 8 + np.arange(length) % int(random.integers(2, 8))).astype(np.int32)
+            writer.add(ids, np.arange(length) >= length // 2, None)
+        return writer.close({})
+
+
+def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: float, max_steps: int | None) -> Schedule:
+    """A schedule of ``packs`` per step of 96 tokens each."""
+    return training_schedule(
+        arena.lengths,
+        arena.targets,
+        capacity=96,
+        algorithm="rfc",
+        max_documents=None,
+        seed=3,
+        epochs=epochs,
+        max_steps=max_steps,
+        world_size=world_size,
+        accumulation=packs // world_size,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded."""
+
+    folder: str
+    lora: bool = False
+    dropout: float = 0.0
+    world_size: int = 1
+    packs: int = 2
+    epochs: float = 3.0
+    max_steps: int | None = None
+    lr: float = 2e-3
+    clip_norm: float = 0.5
+    validate_every: int = 4
+    patience: int | None = None
+    min_improvement: float = 0.0
+    metric: str = "loss"
+    keep: int = 2
+    kill_at: int = 0
+    stop_at: int = 0
+    stop_rank: int = 0
+    poison_at: int = 0
+    poison_rank: int = 0
+
+
+def train_run(
+    run: Run, ranks: Ranks, *, on_record: Callable[[StepRecord], None] = lambda _: None
+) -> tuple[Strategy, TrainState, list[str]]:
+    """Train as ``run`` says, from its newest checkpoint if it has one; returns also the warnings."""
+    folder = Path(run.folder)
+    warnings: list[str] = []
+    arena = TokenArena.open(folder / "train")
+    plan = schedule_for(arena, world_size=run.world_size, packs=run.packs, epochs=run.epochs, max_steps=run.max_steps)
+    source = TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=0)
+    strategy = make_strategy(
+        "single" if run.world_size == 1 else "ddp", ranks, dtype=torch.float32, clip_norm=run.clip_norm
+    )
+    strategy.prepare(
+        tiny_loss(lora=run.lora, dropout=run.dropout),
+        lambda module: make_optimizer(module, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
+    )
+    found = find_agreed(
+        ranks,
+        folder / "checkpoints",
+        lambda: find_resumable(folder / "checkpoints", identity=IDENTITY, base=BASE, warn=warnings.append),
+    )
+    state = TrainState() if found is None else load(strategy, found)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    if ranks.is_first:
+        metrics.continue_after(state.step - (state.pending is not None))
+    stop = StopFlag()
+    verified: set[int] = set()
+
+    def validate() -> Mapping[str, float]:
+        held_out = TokenArena.open(folder / "validation")
+        batches = held_out_batches(
+            held_out, capacity=96, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, pad_token_id=0
+        )
+        return {"loss": held_out_loss(strategy.inner, batches, ranks.sum_over_ranks).mean}
+
+    def record(step: StepRecord, figures: Mapping[str, float]) -> None:
+        on_record(step)
+        if ranks.is_first:
+            metrics.append(step, figures)
+
+    def save_state(state: TrainState) -> None:
+        save(strategy, folder / "checkpoints", state, identity=IDENTITY, base=BASE)
+        if ranks.is_first:
+            verified.add(state.step)
+            retain(folder / "checkpoints", keep=run.keep, best=state.best.step, verified=verified)
+
+    calls = iter(range(state.step * (run.packs // run.world_size), 10**9))
+
+    def interfere(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        if not strategy.inner.training:
+            return output
+        step = next(calls) // (run.packs // run.world_size) + 1
+        if step == run.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == run.stop_at and ranks.rank == run.stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == run.poison_at and ranks.rank == run.poison_rank:
+            return output * float("nan")
+        return output
+
+    strategy.inner.register_forward_hook(interfere)
+    lr = lr_schedule("cosine", steps=plan.num_steps, warmup=0.1)
+    settings = Settings(
+        seed=5,
+        lr=lambda step: run.lr * lr(step),
+        validate_every=run.validate_every,
+        save_every=run.validate_every,
+        judge=Judge(metric=run.metric, patience=run.patience, min_improvement=run.min_improvement),
+    )
+    hooks = Hooks(validate=validate, save=save_state, record=record, warn=warnings.append)
+    with stop:
+        state = train(strategy, source, settings, hooks, state, stop)
+    return strategy, state, warnings
+
+
+def weights_of(strategy: Strategy) -> dict[str, torch.Tensor]:
+    """Copies of the trained parameters."""
+    return {name: parameter.detach().clone() for name, parameter in strategy.trainable.items()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start(run: Run, *, limit: Callable[[], None] | None = None) -> list[subprocess.Popen[str]]:
+    """Start the ranks of ``run`` as processes, with torchrun's variables. ``limit`` runs in each before Python."""
+    checkout = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join(str(checkout / part) for part in (".", "kernels", "launch"))
+    common = dict(os.environ) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if run.world_size > 1:
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.world_size)}
+    processes: list[subprocess.Popen[str]] = []
+    for rank in range(run.world_size):
+        named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if run.world_size > 1 else {}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, json.dumps(asdict(run))],
+                env=common | named,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                preexec_fn=limit,
+            )
+        )
+    return processes
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of every rank. When one was killed, the others are ended, as the launcher does."""
+    ended: list[tuple[int, str]] = []
+    for process in sorted(processes, key=lambda process: process.pid):
+        if any(code < 0 for code, _ in ended):
+            process.kill()
+        output, _ = process.communicate(timeout=300)
+        ended.append((process.returncode, output))
+    return ended
+
+
+def run_ranks(run: Run, *, limit: Callable[[], None] | None = None) -> list[tuple[int, str]]:
+    """Start ``run`` and wait for its end."""
+    return finish(start(run, limit=limit))
+
+
+def main() -> int:
+    """One rank of a run in a process of its own; the exit code is that of the error, as in the worker."""
+    from trainer.console import run_and_report
+
+    def body() -> None:
+        run = Run(**json.loads(sys.argv[1]))
+        ranks = start_ranks(device="cpu", world_size=run.world_size, threads=1)
+        try:
+            train_run(run, ranks)
+        finally:
+            ranks.close()
+
+    return run_and_report(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The stage ``export``: adapter and merged model, with answers of the trained model by which a copy is recognised."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from trainer.export.inference import Inference, golden_prompts, make_inference
+from trainer.export.weights import export_adapter, export_merged
+from trainer.model.loss import PackedLoss
+from trainer.model.precision import compute_context
+from trainer.rank.job import Job, Summary, read_examples
+from trainer.rank.testing import generate_here
+
+
+def write_exports(job: Job, loss: PackedLoss) -> Summary:
+    """``export/adapter`` and ``export/merged``; merging uses the model up."""
+    config, base = job.plan.config, job.prepared.base
+    inference, tokenizer = describe_inference(job, loss), Path(job.prepared.tokenizer)
+    model = cast(Any, loss.model)  # a PeftModel with LoRA, else a PreTrainedModel
+    summary: Summary = {}
+    if config.export.adapter and config.method.name == "lora":
+        adapter = export_adapter(
+            model,
+            job.folder.adapter,
+            tokenizer=tokenizer,
+            inference=inference,
+            base_reference=base.name if base.revision else base.directory,
+            base_revision=base.revision,
+        )
+        summary["adapter_mb"] = adapter.size / 1e6
+    if config.export.merged:
+        merged = export_merged(
+            model,
+            job.folder.merged,
+            tokenizer=tokenizer,
+            inference=inference,
+            base_directory=Path(base.directory),
+            dtype=job.compute_dtype,
+            max_shard_gb=config.export.max_shard_gb,
+        )
+        summary["merged_mb"] = merged.size / 1e6
+    return summary
+
+
+def describe_inference(job: Job, loss: PackedLoss) -> Inference:
+    """How the export wants to be asked, with answers of the trained model to recognise it by."""
+    base, prepared = job.prepared.base, job.prepared
+    examples = read_examples(prepared.validation_examples) or read_examples(prepared.test_examples)
+    compute = partial(compute_context, job.ranks.device, job.compute_dtype)
+    golden = golden_prompts(
+        loss.model, examples, generate=lambda chosen: generate_here(job, loss, chosen), compute=compute
+    )
+    return make_inference(
+        base_name=base.name,
+        base_revision=base.revision,
+        base_sha256=base.sha256,
+        dtype=prepared.dtype,
+        dtype_reason=prepared.dtype_reason,
+        max_length=prepared.train.longest,
+        system=job.plan.config.data.system,
+        max_new_tokens=job.plan.config.task.max_new_tokens,
+        stop_token_ids=prepared.stop_token_ids,
+        pad_token_id=prepared.pad_token_id,
+        tokenizer=Path(prepared.tokenizer),
+        golden=golden,
+    )

@@ -1,0 +1,187 @@
+"""The stage ``train`` of a rank: the config's numbers, the data and the files around the loop."""
+
+from collections.abc import Mapping
+from functools import partial
+from math import ceil
+
+from trainer.console import ProgressReport, progress, say, warn
+from trainer.data.batches import TrainingBatches, training_schedule
+from trainer.distributed import Strategy
+from trainer.errors import NeedsPerson, RunError
+from trainer.evaluate.score import score
+from trainer.model.loss import PackedLoss
+from trainer.rank.job import Job, Summary, open_arena, read_examples
+from trainer.rank.testing import answer, measure_loss
+from trainer.train.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    TrainState,
+    checkpoint_path,
+    find_agreed,
+    find_resumable,
+    load,
+    retain,
+    save,
+    verify,
+)
+from trainer.train.guard import Judge
+from trainer.train.loop import Hooks, Settings, train
+from trainer.train.metrics import MetricsFile, StepRecord
+from trainer.train.optim import lr_schedule
+
+VALIDATIONS = 10
+"""About so many validations in a run whose config does not say how often."""
+
+
+def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
+    """Train from the newest good checkpoint to the end; returns the marker's summary."""
+    source = training_batches(job)
+    settings = loop_settings(job, source.num_steps)
+    found = find_agreed(job.ranks, job.folder.checkpoints, lambda: newest_checkpoint(job))
+    state = TrainState() if found is None else load(strategy, found)
+    if found is not None:
+        there = found.manifest.world_size
+        moved = f", which {there} rank(s) wrote" if there != job.ranks.world_size else ""
+        say(f"continuing after step {state.step} of {source.num_steps} from {found.path.name}{moved}")
+    metrics = MetricsFile(job.folder.metrics_jsonl)
+    if job.ranks.is_first:
+        metrics.continue_after(state.step - (state.pending is not None))
+    with progress("train", source.num_steps, start=state.step) as bar:
+        hooks = Hooks(
+            validate=partial(validate, job, strategy, loss) if job.prepared.validation else None,
+            save=partial(save_and_retain, job, strategy, metrics, set[int]()),
+            record=partial(record_step, job, metrics, bar),
+            warn=warn,
+        )
+        state = train(strategy, source, settings, hooks, state, job.stop)
+    return training_summary(state)
+
+
+def training_batches(job: Job) -> TrainingBatches:
+    """This rank's share of the training data."""
+    config, arena = job.plan.config, open_arena(job.prepared.train)
+    plan = training_schedule(
+        arena.lengths,
+        arena.targets,
+        capacity=config.packing.capacity,
+        algorithm=config.packing.algorithm,
+        max_documents=config.packing.max_documents,
+        seed=config.run.seed,
+        epochs=config.optim.epochs,
+        max_steps=config.optim.max_steps,
+        world_size=job.plan.world_size,
+        accumulation=job.plan.accumulation,
+    )
+    ranks, pad = job.ranks, job.prepared.pad_token_id
+    return TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=pad)
+
+
+def loop_settings(job: Job, steps: int) -> Settings:
+    """What the loop goes by, out of the config."""
+    config = job.plan.config
+    optim, every = config.optim, config.eval.every or ceil(steps / VALIDATIONS)
+    factor = lr_schedule(optim.schedule, steps=steps, warmup=optim.warmup, min_ratio=optim.min_lr_ratio)
+    return Settings(
+        seed=config.run.seed,
+        lr=lambda step: optim.lr * factor(step),
+        validate_every=every,
+        save_every=config.checkpoint.every or every,
+        judge=Judge(
+            metric=config.eval.metric, patience=config.eval.patience, min_improvement=config.eval.min_improvement
+        ),
+        spike_factor=config.guard.spike_factor,
+        spike_window=config.guard.spike_window,
+        spike_action=config.guard.spike_action,
+    )
+
+
+def validate(job: Job, strategy: Strategy, loss: PackedLoss) -> Mapping[str, float]:
+    """Token-weighted loss of the validation split, and scores of its first rows if the config asks for them."""
+    config = job.plan.config
+    with strategy.gathered():
+        figures = {"loss": measure_loss(job, loss, job.prepared.validation).mean}
+        if config.eval.generate_rows:
+            examples = read_examples(job.prepared.validation_examples)[: config.eval.generate_rows]
+            predictions = answer(job, loss, examples)
+            figures |= score(config.task.name, examples, predictions, job.prepared.labels).metrics
+    return figures
+
+
+def save_and_retain(job: Job, strategy: Strategy, metrics: MetricsFile, verified: set[int], state: TrainState) -> None:
+    """Publish the state, then delete what need not be kept."""
+    if job.ranks.is_first:
+        metrics.sync()
+    base = job.prepared.base.sha256
+    save(strategy, job.folder.checkpoints, state, identity=job.plan.identity, base=base)
+    verified.add(state.step)
+    if job.ranks.is_first:
+        keep = job.plan.config.checkpoint.keep
+        retain(job.folder.checkpoints, keep=keep, best=state.best.step, verified=verified)
+
+
+def record_step(
+    job: Job, metrics: MetricsFile, bar: ProgressReport, record: StepRecord, figures: Mapping[str, float]
+) -> None:
+    """One line in ``metrics.jsonl`` and one on the terminal."""
+    if not job.ranks.is_first:
+        return
+    metrics.append(record, figures)
+    words = [f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tokens/s"]
+    if figures:
+        say(f"step {record.step}: " + ", ".join(f"val_{name} {value:.4f}" for name, value in figures.items()))
+    bar.update(record.step, ", ".join(words))
+
+
+def training_summary(state: TrainState) -> Summary:
+    """Figures of a finished training for its marker; ``best_loss`` is what the gate looks at."""
+    summary: Summary = {"steps": state.step, "tokens": state.tokens}
+    if state.losses.recent:
+        summary["loss"] = state.losses.recent[-1]
+    if state.best.step is not None:
+        summary["best_step"] = state.best.step
+        summary |= {f"best_{name}": value for name, value in state.best.figures.items()}
+    if state.losses.spikes:
+        summary["spikes"] = state.losses.spikes
+    if state.stopped_early:
+        summary["ended"] = "early: no improvement for eval.patience validations"
+    return summary
+
+
+def newest_checkpoint(job: Job) -> Checkpoint | None:
+    """Where training goes on."""
+    return find_resumable(job.folder.checkpoints, identity=job.plan.identity, base=job.prepared.base.sha256, warn=warn)
+
+
+def best_checkpoint(job: Job) -> Checkpoint:
+    """The result of training: the best checkpoint by ``eval.metric``, the last one where there is no validation.
+
+    Raises:
+        RunError: nothing was trained yet.
+        NeedsPerson: the best one is damaged.
+    """
+    found = find_agreed(job.ranks, job.folder.checkpoints, lambda: _find_best(job))
+    if found is None:
+        raise RunError(
+            "there is no trained model in this run",
+            where=str(job.folder.checkpoints),
+            got="no checkpoint",
+            do=f"train first: python -m trainer train {job.folder.root}",
+        )
+    return found
+
+
+def _find_best(job: Job) -> Checkpoint | None:
+    newest = newest_checkpoint(job)
+    best = newest.manifest.state.best.step if newest is not None else None
+    if newest is None or best is None or best == newest.manifest.step:
+        return newest
+    path = checkpoint_path(job.folder.checkpoints, best)
+    try:
+        return Checkpoint(path, verify(path))
+    except DamagedCheckpoint as fault:
+        raise NeedsPerson(
+            "the best checkpoint of this run cannot be trusted",
+            where=str(path),
+            got=fault.problems[0].got,
+            do=f"restore it, or remove {path.parent} and {job.folder.stages / 'train.json'} to train anew",
+        ) from fault

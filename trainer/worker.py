@@ -1,0 +1,89 @@
+"""One rank of a run, from top to bottom: ``python -m trainer.worker RUN_DIR --stages baseline,train,evaluate,export``.
+
+Every rank does the same; rank 0 also writes what exists once. The launcher only has to set RANK, LOCAL_RANK and
+WORLD_SIZE, so torchrun and ``accelerate launch`` start it as well. A stage whose marker is current is skipped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.console import run_and_report
+from trainer.distributed import make_strategy, start_ranks
+from trainer.fingerprint import digest
+from trainer.markers import is_current
+from trainer.paths import RunFolder
+from trainer.plan import stage_inputs
+from trainer.rank.exports import write_exports
+from trainer.rank.job import STAGES, Job, read_inputs
+from trainer.rank.model import check_model, load_base, make_trainable, optimizer_maker, packed_loss
+from trainer.rank.testing import check_gate, evaluate_on_test
+from trainer.rank.training import best_checkpoint, do_training
+from trainer.train.checkpoint import load
+from trainer.train.guard import StopFlag
+
+
+def main() -> int:
+    """Do the stages that are asked for and not done; the exit codes are those of ``errors.py``."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.worker", description="One rank of a prepared run.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma separated, default: %(default)s")
+    arguments = parser.parse_args()
+    folder = RunFolder(arguments.run_dir.resolve())
+    return run_and_report(lambda: work(folder, arguments.stages.split(",")), logs=str(folder.logs))
+
+
+def work(folder: RunFolder, stages: Sequence[str]) -> None:
+    """One rank's whole life.
+
+    Raises:
+        TrimtabError: whatever ends the run; every kind has its exit code.
+    """
+    plan, prepared = read_inputs(folder, stages)
+    with StopFlag() as stop:
+        ranks = start_ranks(device=plan.device, world_size=plan.world_size, threads=plan.threads)
+        try:
+            ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
+            job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)
+            todo = ranks.gather([s for s in STAGES if s in stages and not is_current(folder, s, stage_inputs(plan, s))])
+            if todo[0]:
+                do_stages(job, todo[0])
+        finally:
+            ranks.close()
+
+
+def do_stages(job: Job, todo: Sequence[str]) -> None:
+    """Base model, self-check, baseline; then what is trained on top of it, and its evaluation and export."""
+    with job.stop.at_once("loading"):
+        model = load_base(job)
+        logits_via = check_model(job, model)
+    if "baseline" in todo:
+        with job.stage("baseline") as summary:
+            if "zero_shot" in job.plan.config.eval.baselines:
+                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
+    if set(todo) <= {"baseline"}:
+        return
+    with job.stop.at_once("loading"):
+        loss = packed_loss(job, make_trainable(job, model), logits_via)
+        strategy = make_strategy(
+            job.plan.strategy, job.ranks, dtype=job.compute_dtype, clip_norm=job.plan.config.optim.clip_norm
+        )
+        strategy.prepare(loss, optimizer_maker(job))
+    if "train" in todo:
+        with job.stage("train") as summary:
+            summary |= do_training(job, strategy, loss)
+    with job.stop.at_once("loading"):
+        load(strategy, best_checkpoint(job), weights_only=True)
+    if "evaluate" in todo:
+        with job.stage("evaluate") as summary, strategy.gathered():
+            summary |= evaluate_on_test(job, "tuned", loss)
+    check_gate(job)
+    if "export" in todo:
+        with job.stage("export") as summary, strategy.gathered():
+            if job.ranks.is_first:
+                summary |= write_exports(job, loss)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
