@@ -43,8 +43,16 @@ LINE_SECONDS = 5.0
 NOBODY_READS = (errno.EPIPE, errno.EIO)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
-_OUT = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
-_ERR = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on without output; rich would end the process here."""
+        _forgive(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+
+_OUT = _Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+_ERR = _Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
+_WIDE = _Console(markup=False, highlight=False, emoji=False, width=1000)
 
 
 # -- saying things -------------------------------------------------------------------------------------------------
@@ -87,9 +95,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
-    width = None if _OUT.is_terminal else 1000
     try:
-        _OUT.print(drawn, width=width)
+        (_OUT if _OUT.is_terminal else _WIDE).print(drawn)
     except OSError as fault:
         _forgive(fault)
 
@@ -250,7 +257,9 @@ class _Bar:
             TextColumn("{task.fields[facts]}", markup=False),
             console=_OUT,
         )
-        self._task = self._drawn.add_task(line.label, total=line.total, left=line.left, facts=line.facts)
+        self._task = self._drawn.add_task(
+            line.label, total=line.total, completed=line.done, left=line.left, facts=line.facts
+        )
         self._drawn.start()
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from trainer import console
-from trainer.drive.prepared import PreparedView, ScheduleView, Split, read_scores
+from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk, read_scores
 from trainer.drive.space import gigabytes
 from trainer.markers import STAGES, Marker, read_marker
+from trainer.memory import MemoryEstimate
 from trainer.paths import RunFolder
-from trainer.plan import RunPlan
+from trainer.plan import RunPlan, estimate_memory
 
 COUNTED = ("rows", "documents", "tokens", "targets", "longest")
 
@@ -49,7 +50,23 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         ("packs", f"{schedule.packs:,} in an epoch, {100 * schedule.fill:.1f} % filled"),
         ("steps", f"{schedule.steps:,} ({schedule.steps_per_epoch:.1f} in an epoch)"),
         ("tokens per step", f"{schedule.tokens_per_step:,.0f}"),
+        ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
     ]
+
+
+def memory_text(memory: MemoryEstimate | None) -> str:
+    """The estimate and its parts, or that there is none for this architecture."""
+    if memory is None:
+        return "unknown for this architecture"
+    parts = [
+        ("weights", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("logits", memory.logits),
+        ("communication", memory.communication),
+    ]
+    return f"about {gigabytes(memory.peak)}: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
 
 
 def split_row(name: str, split: Split | None) -> list[str]:

@@ -4,7 +4,7 @@ Only the fields that it shows or decides by: the whole types (``samples.py``) wo
 start of a finished run has to answer at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ import msgspec
 
 from trainer.errors import RunError
 from trainer.paths import RunFolder
+from trainer.plan import RunPlan
 
 T = TypeVar("T")
 
@@ -79,6 +80,12 @@ class ScoresView:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     loss: float | None = None
     rows: int = 0
+
+
+def on_disk(plan: RunPlan, prepared: PreparedView) -> RunPlan:
+    """Return ``plan`` with the folder that the base model turned out to be: for what is read off its files."""
+    model = replace(plan.config.model, path=prepared.base.directory, revision=None)
+    return replace(plan, config=replace(plan.config, model=model))
 
 
 def read_prepared(folder: RunFolder) -> PreparedView:

@@ -62,7 +62,9 @@ def weight_bytes(model: Path) -> int:
 
 
 def trained_parameters(parameters: int, *, rank: int | None, width: int) -> int:
-    """How many of a model's ``parameters`` are trained: all (``rank`` None), or about those of a LoRA of this rank.
+    """About how many of a model's ``parameters`` are trained, where its shape is not known in detail.
+
+    All (``rank`` None), or those of a LoRA of this rank.
 
     An adapter of rank r on a matrix of in x out has r (in + out) parameters: 2 r / width of a square one. Embeddings
     are counted as if they had one too, which makes up for matrices narrower than ``width``.

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer import console
-from trainer.drive.prepared import read_prepared
+from trainer.drive.prepared import on_disk, read_prepared
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
 from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
-from trainer.plan import RunPlan, stage_inputs
+from trainer.plan import RunPlan, estimate_memory, stage_inputs
 from trainer_launch.leash import can_leash
 from trainer_launch.node import Child, NodeResult, supervise
 from trainer_launch.run import run, write_hand_files
@@ -154,13 +154,13 @@ def _require_markers(job: Job, stages: Sequence[str]) -> None:
 def _require_space(job: Job, stages: Sequence[str]) -> None:
     prepared = read_prepared(job.folder)
     config = job.plan.config
+    base = Path(prepared.base.directory)
+    memory = estimate_memory(on_disk(job.plan, prepared), prepared.dtype)
+    rank = config.method.rank if config.method.name == "lora" else None
+    guessed = trained_parameters(prepared.base.parameters, rank=rank, width=model_width(base))
     need = bytes_needed(
-        weight_bytes=weight_bytes(Path(prepared.base.directory)),
-        trainable=trained_parameters(
-            prepared.base.parameters,
-            rank=config.method.rank if config.method.name == "lora" else None,
-            width=model_width(Path(prepared.base.directory)),
-        ),
+        weight_bytes=weight_bytes(base),
+        trainable=guessed if memory is None else memory.trainable,
         keep=config.checkpoint.keep,
         trains="train" in stages,
         exports_adapter="export" in stages and config.export.adapter and config.method.name == "lora",
