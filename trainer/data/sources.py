@@ -107,12 +107,13 @@ def _refuse_repeats(sources: Iterable[Source]) -> None:
     seen: dict[Path, str] = {}
     for source in sources:
         for file in source.files:
-            first = seen.setdefault(file.resolve(), source.location)
-            if first != source.location:
+            first = seen.get(file.resolve())
+            if first is not None:
                 raise DataError(
                     "is named twice", where=str(file), got=f"in '{first}' and in '{source.location}'",
                     do="name it once; data.mixture repeats rows by weight",
                 )  # fmt: skip
+            seen[file.resolve()] = source.location
 
 
 def _files_of_folder(folder: Path, location: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -131,20 +132,20 @@ def _files_of_folder(folder: Path, location: str) -> tuple[tuple[Path, ...], tup
 
 
 def _missing(path: Path, location: str) -> DataError:
+    looks_like_hub = location.count("/") == 1 and not path.suffix
+    hub_advice = f"for a dataset on the Hub write {HUB_PREFIX}{location}" if looks_like_hub else ""
     folder = path.parent
     if not folder.is_dir():
         existing = next(parent for parent in path.absolute().parents if parent.is_dir())
-        return DataError(
-            "does not exist", where=location, got=f"its folder is missing too; {existing} is the nearest one"
-        )
+        got = f"its folder is missing too; {existing} is the nearest one"
+        return DataError("does not exist", where=location, got=got, do=hub_advice or "check the path")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or known_extension(entry))
-    looks_like_hub = location.count("/") == 1 and not path.suffix
-    advice = nearest(path.name, names) or (
-        f"for a dataset on the Hub write {HUB_PREFIX}{location}" if looks_like_hub else ""
-    )
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return DataError(
-        "does not exist", where=location, got=f"{folder.resolve()} has {shown or 'no data files'}", do=advice
+        "does not exist",
+        where=location,
+        got=f"{folder.resolve()} has {shown or 'no data files'}",
+        do=nearest(path.name, names) or hub_advice or "check the path",
     )
 
 

@@ -4,6 +4,7 @@ The folder is published by one rename, so that two runs that start together cann
 checked when they are read.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -131,7 +132,7 @@ def ensure_derived(cache: Path) -> Path:
         DataError: the package is not installed or not as it was released.
     """
     release, data = installed()
-    package = package_digest(DISTRIBUTION)
+    package = installed_digest()
     folder = cache.expanduser() / f"legal-{digest([package, VERSION])[:16]}"
     if not folder.is_dir():
         publish(derive(data, release=release), folder, release=release, package_sha256=package)
@@ -153,6 +154,12 @@ def installed() -> tuple[str, Path]:
             do=f"make assets\n  or: {sys.executable} -m pip install '{DISTRIBUTION}>=32.1'",
         ) from None
     return found.version, Path(str(found.locate_file("licensedcode/data")))
+
+
+@functools.cache
+def installed_digest() -> str:
+    """Digest of the installed package; it lists 37 000 files, so once per process is enough."""
+    return package_digest(DISTRIBUTION)
 
 
 def publish(rows: Sequence[LegalRow], folder: Path, *, release: str, package_sha256: str) -> None:
