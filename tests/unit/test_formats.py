@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chat_fixtures import records
 
-from trainer.data.formats import Formatted, RowOptions, format_rows
+from trainer.data.formats import Formatted, RowOptions, format_rows, unique_ids
 from trainer.errors import DataError
 from trainer.samples import Conversation
 
@@ -124,9 +124,11 @@ def test_text_parts_are_joined_and_annotations_counted() -> None:
 
 
 def test_equal_ids_are_told_apart_by_their_lines() -> None:
-    rows = records({"id": "a", "prompt": "Q", "completion": "A"}, {"id": "a", "prompt": "R", "completion": "B"})
-    ids = [item.id for item in format_rows(rows, RowOptions()).conversations]
-    assert ids == ["a (rows.jsonl:1)", "a (rows.jsonl:2)"]
+    one = only({"id": "a", "prompt": "Q", "completion": "A"})
+    other = records({"id": "a", "prompt": "R", "completion": "B"}, {"id": "b", "text": "x"}, file="other.jsonl")
+    rest = format_rows(other, RowOptions(format="prompt_completion")).conversations
+    groups = unique_ids([[one], rest])
+    assert [[item.id for item in group] for group in groups] == [["a (rows.jsonl:1)"], ["a (other.jsonl:1)"]]
 
 
 GOOD = {"messages": [USER, ASSISTANT]}

@@ -42,14 +42,19 @@ _SHOWN = 1200
 class EncodedRow:
     """One row of the result: its tokens, and for a chat the prompt of its last answer and that answer.
 
-    ``prompt_ids`` is a prefix of ``example.input_ids``; ``answer_text`` is the last answer without its end-of-turn
-    token, as the template writes it. Both are empty for plain text.
+    ``prompt_length``: tokens before the last answer; ``answer_text``: that answer without its end-of-turn token, as the
+    template writes it. Plain text has neither.
     """
 
     conversation: Conversation
     example: TokenizedExample
-    prompt_ids: list[int]
-    answer_text: str
+    prompt_length: int = 0
+    answer_text: str = ""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What the model is given when it has to produce the last answer."""
+        return self.example.input_ids[: self.prompt_length].tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +122,7 @@ class ChatEncoder:
         for item, ids in zip(conversations, encoded, strict=True):
             full = np.asarray(ids if ids and ids[-1] == end else [*ids, end], np.int32)
             example = TokenizedExample(full, np.ones(len(full), np.bool_), item.origin)
-            rows.append(EncodedRow(conversation=item, example=example, prompt_ids=[], answer_text=""))
+            rows.append(EncodedRow(conversation=item, example=example))
         return rows
 
     def _chats(
@@ -157,7 +162,7 @@ class ChatEncoder:
         return EncodedRow(
             conversation=item,
             example=TokenizedExample(ids, mask, item.origin),
-            prompt_ids=ids[: answers[-1][0]].tolist(),
+            prompt_length=answers[-1][0],
             answer_text=answer.strip(),
         )
 

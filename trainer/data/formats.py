@@ -102,7 +102,7 @@ def format_rows(records: Sequence[Record], options: RowOptions) -> Formatted:
     if records and not conversations:
         raise _nothing_left(records, leftovers)
     return Formatted(
-        conversations=_unique_ids(conversations),
+        conversations=conversations,
         dropped=leftovers.report(),
         shapes={file: shape.name for file, shape in shapes.items()},
         ignored=[f"{key} ({count} times)" for key, count in ignored.most_common()],
@@ -131,6 +131,15 @@ def recognise(columns: Collection[str], options: RowOptions, *, where: str = "")
         allowed=known,
         do=_nearest_mapping(columns, candidates),
     )
+
+
+def unique_ids(groups: Sequence[Sequence[Conversation]]) -> list[list[Conversation]]:
+    """Make ids unique over all ``groups`` by adding file and line to those that occur more than once."""
+    counts = Counter(item.id for group in groups for item in group)
+    return [
+        [replace(item, id=f"{item.id} ({item.origin})") if counts[item.id] > 1 else item for item in group]
+        for group in groups
+    ]
 
 
 def _check_column_names(options: RowOptions) -> None:
@@ -296,12 +305,6 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _unique_ids(conversations: list[Conversation]) -> list[Conversation]:
-    """Make ids of rows unique by adding file and line to those that occur more than once."""
-    counts = Counter(item.id for item in conversations)
-    return [replace(item, id=f"{item.id} ({item.origin})") if counts[item.id] > 1 else item for item in conversations]
 
 
 def _nothing_left(records: Sequence[Record], leftovers: Leftovers) -> DataError:
