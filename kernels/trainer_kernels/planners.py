@@ -273,42 +273,34 @@ def first_fit_decreasing(
 
 
 @compiled
-def best_fit_decreasing(
-    weights: NDArray[np.int32],
-    order: NDArray[np.int32],
-    capacity: int,
-    max_docs: int,
-    items: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-) -> int:
-    """Exact best-fit decreasing: each document goes to the pack with the least room that still takes it.
+def _best_fit_patterns(
+    first: NDArray[np.int64], count: int, capacity: int, max_docs: int
+) -> tuple[NDArray[np.int32], ...]:
+    """What best-fit decreasing makes of ``first[w + 1] - first[w]`` documents of each weight w, as a forest.
 
-    A node is a step in the filling of one or many packs alike: ``amount`` documents of ``weight`` on top of ``parent``.
-    Open nodes with the same room are a stack; among equal rooms the latest is filled first. Patterns come out closed
-    ones first, then by room, the latest first; documents of one weight are dealt to them in ``order``.
+    A node is a step in the filling of one or many packs alike: ``amount`` documents of ``weight_of`` on top of
+    ``parent`` (0: an empty pack); ``alike`` packs have stopped there. Nodes with the same room are a stack (``top`` by
+    room, ``below``; 0 ends it), and among equal rooms the latest is filled first. ``top[0]`` are the closed ones.
     """
-    count = weights.size
-    heaviest = int(weights.max())
-    first, dealt = _deal_by_weight(weights, order, heaviest)
     parent = np.empty(count + 1, np.int32)  # each node takes at least one document, so there are at most `count`
     weight_of = np.empty(count + 1, np.int32)
     amount = np.empty(count + 1, np.int32)
-    documents = np.empty(count + 1, np.int32)
-    alike = np.empty(count + 1, np.int32)  # packs that stand at this node now
+    alike = np.empty(count + 1, np.int32)
     below = np.empty(count + 1, np.int32)
-    parent[0] = weight_of[0] = amount[0] = documents[0] = alike[0] = below[0] = 0
+    documents = np.empty(count + 1, np.int32)  # in one pack at this node
+    parent[0] = weight_of[0] = amount[0] = alike[0] = below[0] = documents[0] = 0
     nodes = 1
-    top = np.zeros(capacity + 1, np.int32)  # per room; 0: none. top[0]: packs that are full or have max_docs documents
-    words = np.zeros((capacity >> 6) + 1, np.uint64)
+    top = np.zeros(capacity + 1, np.int32)
+    words = np.zeros((capacity >> 6) + 1, np.uint64)  # rooms that have open packs
     summary = np.zeros((capacity >> 12) + 1, np.uint64)
-    for weight in range(heaviest, 0, -1):
+    for weight in range(first.size - 2, 0, -1):
         left = first[weight + 1] - first[weight]
         while left > 0:
-            room = int(_smallest_from(words, summary, weight))
+            room = _smallest_from(words, summary, weight)
             base = 0
             packs = left
-            if room < 0:
-                room = int(capacity)
+            if room < 0:  # a new pack
+                room = capacity
             else:
                 base = int(top[room])
                 packs = int(alike[base])
@@ -325,22 +317,38 @@ def best_fit_decreasing(
                     if top[room] == 0:
                         _remove(words, summary, room)
             left -= packs * take
-            rest = room - take * weight
             parent[nodes] = base
             weight_of[nodes] = weight
             amount[nodes] = take
             documents[nodes] = documents[base] + take
             alike[nodes] = packs
-            if documents[nodes] == max_docs:
-                rest = 0
+            rest = room - take * weight if documents[nodes] < max_docs else 0
             below[nodes] = top[rest]
             top[rest] = nodes
             if rest > 0:
                 _insert(words, summary, rest)
             nodes += 1
-    path = np.empty(min(count, capacity) + 1, np.int32)
-    next_of = first
-    total = 0
+    return parent, weight_of, amount, alike, below, top
+
+
+@compiled
+def best_fit_decreasing(
+    weights: NDArray[np.int32],
+    order: NDArray[np.int32],
+    capacity: int,
+    max_docs: int,
+    items: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+) -> int:
+    """Exact best-fit decreasing: each document goes to the pack with the least room that still takes it.
+
+    Closed packs (full, or with ``max_docs``) come out first, then by room, the latest of equals first; documents of
+    one weight are dealt to them in ``order``.
+    """
+    next_of, dealt = _deal_by_weight(weights, order, int(weights.max()))
+    parent, weight_of, amount, alike, below, top = _best_fit_patterns(next_of, weights.size, capacity, max_docs)
+    path = np.empty(min(int(weights.size), capacity) + 1, np.int32)
+    packs = 0
     filled = 0
     offsets[0] = 0
     for room in range(capacity + 1):
@@ -359,10 +367,10 @@ def best_fit_decreasing(
                         items[filled] = dealt[next_of[weight]]
                         next_of[weight] += 1
                         filled += 1
-                total += 1
-                offsets[total] = filled
+                packs += 1
+                offsets[packs] = filled
             node = below[node]
-    return total
+    return packs
 
 
 @compiled

@@ -68,6 +68,15 @@ def test_wide_tables_equal_the_reference(algorithm: Algorithm, capacity: int) ->
     assert as_lists(plan) == reference.pack(lengths.tolist(), capacity, algorithm=algorithm, seed=3)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_big_documents_come_first_from_exactly_the_given_share_on(seed: int) -> None:
+    """One pack of 97 for the big document holds 97 % of 100 tokens: that is enough. Of 101 it is not."""
+    for lengths in ([60, 10, 10, 10, 10], [60, 10, 10, 10, 11]):
+        plan = pack(np.array(lengths), 97, seed=seed)
+        assert as_lists(plan) == reference.pack(lengths, 97, seed=seed)
+        assert sum(lengths) > 100 or plan.items[0] == 0
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_packing_by_cost_is_packing_of_weights(algorithm: Algorithm) -> None:
     lengths = chat_lengths(400, 2000)
