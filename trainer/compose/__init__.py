@@ -40,12 +40,14 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> 
     found: list[Problem] = []
     request = read_command_line(overrides, library, found)
     layers = find_layers(request.experiments, request.choices, library, cwd, found)
-    tree = compose_files(request, library, layers, found)
+    tree, refused = compose_files(request, library, layers, found)
     apply_values(tree, request.values, found)
     locate = _locator(request.values, layers)
     plain = resolve(tree, "", locate, found)
     fitted = fit(plain, Config, "", locate, found)
     _refuse_secrets(plain, "", locate, found)
+    if refused is not None and not found:
+        found.append(refused)
     if found:
         raise ConfigError.of([_without_secrets(problem) for problem in dict.fromkeys(found)])
     return msgspec.convert(fitted, Config)

@@ -149,11 +149,15 @@ def _read_layer(path: Path, group: str, cwd: Path, seen: dict[Path, Layer], foun
     home = cwd.resolve()
     name = path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path)
     body: dict[str, Any] = {}
-    package = group
+    package = ""
     try:
         text = path.read_text(encoding="utf-8")
         header = PACKAGE_LINE.search(text.partition("defaults:")[0])
         package = header[1].replace("_global_", "").replace("_group_", group) if header else group
+        if group == "experiment" and package:
+            do = "make '# @package _global_' its first line"
+            found.append(Problem(what="would set keys of the section 'experiment' only", where=name, do=do))
+            package = ""
         loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
         if isinstance(loaded, dict):
             body = cast("dict[str, Any]", loaded)

@@ -5,14 +5,17 @@ Values are applied here and not by Hydra, which would stop at the first that it 
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import msgspec
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,31 +28,32 @@ from trainer.schema import Locate, hint_at, shape
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b|\$\{\s*env:")
 
 
-def compose_files(request: Request, library: Library, layers: list[Layer], found: list[Problem]) -> DictConfig:
-    """Return defaults, groups and experiments laid over each other.
+def compose_files(
+    request: Request, library: Library, layers: list[Layer], found: list[Problem]
+) -> tuple[DictConfig, Problem | None]:
+    """Return defaults, groups and experiments laid over each other, and what Hydra could not do with them.
 
-    When some file or choice is already known to be wrong, Hydra would stop; then the files are merged in the order
-    that it would use, so that their other problems are found as well.
+    Where some file or choice is already in ``found``, Hydra would only stop there; then, and where it cannot compose
+    the files, they are merged in the order that it would use, so that their other problems are found as well.
     """
     merged = _defaults()
     if request.experiments:
         merged["run"]["name"] = request.experiments[-1].rpartition("/")[2]
-    composed: list[dict[str, Any]] = [layer.body for layer in layers]
+    bodies: list[dict[str, Any]] = [layer.body for layer in layers]
+    refused = None
     if not found:
         try:
-            composed = [_with_hydra(request, library, layers[0])]
+            bodies = [_with_hydra(request, library, layers[0])]
         except (HydraException, OmegaConfBaseException, RecursionError) as error:
-            found.append(
-                Problem(
-                    what="the files cannot be composed",
-                    where=", ".join(layer.name for layer in layers if layer.defaults),
-                    got=" ".join(str(error).split()),
-                    do="check the defaults lists of these files",
-                )
+            refused = Problem(
+                what="the files cannot be composed",
+                where=", ".join(layer.name for layer in layers[1:] if layer.defaults) or layers[0].name,
+                got=" ".join(str(error).split()),
+                do="check the defaults lists of these files",
             )
-    for body in composed:
+    for body in bodies:
         merged = _laid_over(merged, body)
-    return OmegaConf.create(merged)
+    return OmegaConf.create(merged), refused
 
 
 def _defaults() -> dict[str, Any]:
@@ -81,12 +85,22 @@ def _with_hydra(request: Request, library: Library, primary: Layer) -> dict[str,
     ]
     if request.experiments:
         overrides.append(f"+experiment=[{','.join(map(_quoted, request.experiments))}]")
-    first, *others = (str(directory) for directory in library.directories)
-    paths = ",".join(_quoted(f"file://{path}") for path in others)
+    first, *_FurtherFolders.folders = (str(directory) for directory in library.directories)
+    Plugins.instance().register(_FurtherFolders)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=first, version_base="1.3", job_name="trainer"):
-        composed = hydra_compose("config", [*overrides, f"hydra.searchpath=[{paths}]"])
+        composed = hydra_compose("config", overrides)
     return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+
+
+class _FurtherFolders(SearchPathPlugin):
+    """Hydra's way to search more than one folder; ``hydra.searchpath`` finds groups there, but no config.yaml."""
+
+    folders: ClassVar[list[str]] = []
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in self.folders:
+            search_path.append("trimtab", f"file://{folder}")
 
 
 def _quoted(text: str) -> str:
@@ -103,7 +117,9 @@ def apply_values(tree: DictConfig, values: Sequence[Override], found: list[Probl
             _delete(tree, override, found)
             continue
         try:
-            OmegaConf.update(tree, key, _value_for(override), merge=True, force_add=True)
+            value = _value_for(override)
+            merge = isinstance(value, dict) and isinstance(OmegaConf.select(tree, key), DictConfig)
+            OmegaConf.update(tree, key, value, merge=merge, force_add=True)
         except (OmegaConfBaseException, IndexError) as error:
             got = " ".join(str(error).split())
             found.append(Problem(what="cannot be set", where=f"command line: {key}", got=got, do="check the key"))
