@@ -103,8 +103,11 @@ def require_space(folder: Path, need: Need, *, free_bytes: Callable[[Path], int]
 
 
 def gigabytes(count: int) -> str:
-    """``count`` bytes for people, in decimal units."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """``count`` bytes for people, in decimal units: GB, below one MB, below one kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _free(folder: Path) -> int:
