@@ -101,8 +101,14 @@ def continue_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     _check_adapter_targets(model, lora, folder)
     adapted = _wrap(model, lora)
     try:
-        result = set_peft_model_state_dict(adapted, load_file(weights))
-    except (RuntimeError, SafetensorError) as error:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ModelError(
+            "the adapter's weights are damaged", where=str(weights), got=error, do="copy the adapter folder again"
+        ) from error
+    try:
+        result = set_peft_model_state_dict(adapted, tensors)
+    except RuntimeError as error:
         raise _other_base(folder, str(config.get("base_model_name_or_path")), str(error)) from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:

@@ -148,28 +148,26 @@ def _publish(final: Path, make: Callable[[Path], None]) -> Path:
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = SMOLLM2_CONTEXT  # the GGUF reader leaves 1e30
-    tokenizer.padding_side = "left"  # for generation; packing pads nothing
     # Without dequantize=True the model stays marked as quantised and refuses to be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    model.config.name_or_path = "SmolLM2-135M-Instruct"
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _clean_config(folder / "config.json", {"_name_or_path": "SmolLM2-135M-Instruct"}, drop=("quantization_config",))
-    _clean_config(folder / "tokenizer_config.json", {}, drop=("is_local", "local_files_only"))
+    _rewrite(folder / "config.json", {}, drop=("_model_name_or_path", "_name_or_path", "quantization_config"))
+    _rewrite(folder / "tokenizer_config.json", {"padding_side": "left"}, drop=("is_local", "local_files_only"))
     card = f"---\nlicense: apache-2.0\nlanguage: en\n---\n\n# SmolLM2-135M-Instruct\n\n{SMOLLM2_ATTRIBUTION}\n"
     (folder / "README.md").write_text(card, "utf-8")
 
 
-def _clean_config(path: Path, change: dict[str, str], *, drop: Sequence[str]) -> None:
-    """Remove what only describes the machine that converted the model."""
+def _rewrite(path: Path, change: dict[str, str], *, drop: Sequence[str]) -> None:
+    """Remove from a JSON file what only describes the conversion, and set ``change``."""
     config = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in drop}
-    config.update({key: value for key, value in change.items() if key in config})
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps({**config, **change}, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int = TINY_VOCABULARY) -> PreTrainedTokenizerFast:

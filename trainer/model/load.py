@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -250,7 +251,7 @@ def card_license(folder: Path) -> str:
         return ""
     try:
         metadata = metadata_load(card)
-    except ValueError:  # a README without a metadata block that parses names no licence
+    except (ValueError, yaml.YAMLError):  # a README without a metadata block that parses names no licence
         return ""
     return str((metadata or {}).get("license") or "")
 
