@@ -1,0 +1,49 @@
+"""Names of the figures of an evaluation, in the order in which they are shown, and how they are written."""
+
+import math
+
+from trainer.export.lineage import EvaluationRecord
+
+METRICS = {
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "valid_labels": "answers that are one of the labels",
+    "token_f1": "token F1",
+    "rouge1": "ROUGE-1 (F)",
+    "rouge2": "ROUGE-2 (F)",
+    "rougeL": "ROUGE-L (F)",
+    "stopped": "answers that stop by themselves",
+}
+"""In the order of the table."""
+HUB_METRIC = {
+    "exact_match": "exact_match",
+    "accuracy": "accuracy",
+    "macro_f1": "f1",
+    "token_f1": "f1",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "rougeL": "rouge",
+}
+SHARES = ("exact_match", "accuracy", "valid_labels", "stopped")
+"""Means of yes-or-no per row, whose standard error follows from the number of rows."""
+
+
+def main_metric(evaluation: EvaluationRecord | None) -> str | None:
+    """The first metric of the table that was measured."""
+    return None if evaluation is None else next((name for name in METRICS if name in evaluation.metrics), None)
+
+
+def figure(name: str, evaluation: EvaluationRecord) -> str:
+    """A metric with its standard error where that is known: sqrt(p (1 - p) / n)."""
+    value = evaluation.metrics.get(name)
+    if value is None:
+        return "not measured"
+    if name not in SHARES:
+        return number(value)
+    return f"{value:.3f} ± {math.sqrt(max(0.0, value * (1 - value)) / evaluation.rows):.3f}"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or that it was not measured."""
+    return "not measured" if value is None else f"{value:.3f}"
