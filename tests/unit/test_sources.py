@@ -402,12 +402,12 @@ def test_a_hub_dataset_is_pinned_to_a_commit(loopback: LoopbackHub, tmp_path: Pa
 
 def test_without_a_connection_only_a_commit_is_taken(loopback: LoopbackHub, tmp_path: Path) -> None:
     ask_hub(loopback.url, [("hub:org/clauses", "v1")], tmp_path)
-    cached, branch = ask_hub(
-        loopback.url, [("hub:org/clauses", "1" * 40), ("hub:org/clauses", None)], tmp_path, offline=True
-    )
+    asked = [("hub:org/clauses", "1" * 40), ("hub:org/clauses", None), ("hub:org/clauses", "v1")]
+    cached, *moving = ask_hub(loopback.url, asked, tmp_path, offline=True)
     assert cached == [[[{"text": "old"}, "hub:org/clauses:1"]], "1" * 40, "", "org/clauses"]
-    assert "hub:org/clauses: the Hub cannot be reached" in str(branch)
-    assert "set data.revision to the full commit" in str(branch)
+    for message in moving:
+        assert "hub:org/clauses: the Hub cannot be reached" in str(message)
+        assert "set data.revision to the full commit" in str(message)
 
 
 def test_a_hub_dataset_without_a_commit_or_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +449,7 @@ def test_a_mixture_depends_on_its_seed_alone() -> None:
     parts = [(list(range(50)), 1.0), (list(range(100, 300)), 2.0)]
     assert mix(parts, seed=1) == mix(parts, seed=1)
     assert mix(parts, seed=1).rows != mix(parts, seed=2).rows
+    assert {row < 100 for row in mix(parts, seed=1).rows[:40]} == {True, False}  # parts are mingled
 
 
 def test_apportion_sums_up_and_stays_within_one() -> None:

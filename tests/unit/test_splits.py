@@ -94,6 +94,14 @@ def test_the_largest_groups_stay_in_training() -> None:
     assert sizes(splits) == (70, 10, 20)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_of_many_sizes_still_give_the_shares(seed: int) -> None:
+    """The largest are placed first, so that the small ones can fill what is left."""
+    large = [row(f"l{n}", "a", label="a", group=f"large{n // 20}", line=n) for n in range(100)]
+    small = [row(f"s{n}", "a", label="a", group=f"small{n}", line=200 + n) for n in range(50)]
+    assert sizes(make(large + small, seed=seed, validation_share=0.2, test_share=0.2)) == (90, 30, 30)
+
+
 def test_rows_that_ask_the_same_stay_together_where_one_answer_is_right() -> None:
     train = [row("same", f"answer {n}", line=n) for n in range(20)] + rows(80, file="b.jsonl")
     splits = make(train, task_name="extraction")
@@ -172,9 +180,8 @@ def test_an_input_is_all_before_the_last_answer() -> None:
 
 
 def test_turns_do_not_run_into_each_other() -> None:
-    assert input_key(row("ab", "x")) != input_key(
-        replace(row("a", "x"), messages=(Message(role="user", content="a"), Message(role="user", content="b")))
-    )
+    two_turns = (Message(role="user", content="a"), Message(role="user", content="b"))
+    assert input_key(row("auserb", "x")) != input_key(replace(row("a", "x"), messages=two_turns))
 
 
 def test_column_values_name_the_row_and_the_nearest_column() -> None:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trainer.data.splits import Splits, check_groups, input_key, row_key
+from trainer.data.splits import Splits, check_groups, row_key
 from trainer.errors import DataError, nearest
 from trainer.samples import Conversation, Dropped
 
@@ -59,7 +59,8 @@ def check_rows(splits: Splits, *, task_name: str, labels: Sequence[str], max_dro
     check_groups(splits)
     total = sum(len(rows) for _, rows in splits.items())
     answered, unanswered = _without_empty(splits)
-    clean, leaked = _without_leaks(answered, row_key(task_name))
+    key = _once_per_row(row_key(task_name))
+    clean, leaked = _without_leaks(answered, key)
     dropped = [*unanswered, *leaked]
     refuse_if_too_many(dropped, total, max_dropped_share)
     for (name, rows), (_, before) in zip(clean.items(), splits.items(), strict=True):
@@ -67,7 +68,7 @@ def check_rows(splits: Splits, *, task_name: str, labels: Sequence[str], max_dro
             raise DataError(
                 f"no {name} rows are left", where=f"data.{name}", got=describe(dropped), do="mend the rows named here"
             )
-    findings = _repeats(clean, row_key(task_name))
+    findings = _repeats(clean, key)
     allowed: list[str] = []
     balance: dict[str, dict[str, int]] = {}
     if task_name == "classification":
@@ -75,7 +76,7 @@ def check_rows(splits: Splits, *, task_name: str, labels: Sequence[str], max_dro
         balance = {name: dict(sorted(Counter(map(label_of, rows)).items())) for name, rows in clean.items() if rows}
         findings += _unseen_labels(clean)
     if task_name in ("classification", "extraction"):
-        findings += _conflicts(clean)
+        findings += _conflicts(clean, key)
     return Checked(splits=clean, labels=allowed, dropped=dropped, findings=findings, balance=balance)
 
 
@@ -113,6 +114,19 @@ def describe(dropped: Sequence[Dropped]) -> str:
         more = ", ..." if reason.count > len(reason.first) else ""
         parts.append(f"{reason.count} {reason.reason} ({', '.join(reason.first)}{more})")
     return "; ".join(parts)
+
+
+def _once_per_row(key: Callable[[Conversation], str]) -> Callable[[Conversation], str]:
+    """``key``, computed once for each row object; only for rows that outlive the result."""
+    known: dict[int, str] = {}
+
+    def lookup(row: Conversation) -> str:
+        found = known.get(id(row))
+        if found is None:
+            found = known[id(row)] = key(row)
+        return found
+
+    return lookup
 
 
 def _first(rows: Sequence[Conversation]) -> list[str]:
@@ -160,15 +174,15 @@ def _repeats(splits: Splits, key: Callable[[Conversation], str]) -> list[Finding
     return findings
 
 
-def _conflicts(splits: Splits) -> list[Finding]:
+def _conflicts(splits: Splits, key: Callable[[Conversation], str]) -> list[Finding]:
     """Rows with one input and several answers, over all splits: at most one of the answers can be scored as right."""
     answers: dict[str, dict[str, Conversation]] = defaultdict(dict)
     counts: Counter[str] = Counter()
     for _, rows in splits.items():
         for row in rows:
-            key = input_key(row)
-            counts[key] += 1
-            answers[key].setdefault(" ".join(row.answer.split()), row)
+            same = key(row)
+            counts[same] += 1
+            answers[same].setdefault(" ".join(row.answer.split()), row)
     conflicting = [key for key, by_answer in answers.items() if len(by_answer) > 1]
     if not conflicting:
         return []
