@@ -20,6 +20,7 @@ For an adapter the base without it is measured too: it shows that the tolerance 
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -93,7 +94,9 @@ def verify_adapter(
     if (folder / "config.json").exists():
         raise _differs(folder, "the adapter folder has a config.json", "transformers would take it for a whole model")
     base = _load_plain(base_directory, inference.dtype, device, trust_remote_code)
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with warnings.catch_warnings():  # peft asks transformers for a property under its old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
     _check_adapter_loaded(cast(PeftModel, model), folder)
     with cast(PeftModel, model).disable_adapter():
         without = max(part.max().item() for part in _differences(model, inference.golden, device))
