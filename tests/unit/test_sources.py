@@ -228,7 +228,6 @@ def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
     records = list(source.records())
     assert [record.fields["text"] for record in records] == ["a", "b"]
     assert str(records[1].origin) == f"{folder}/b.jsonl:1"
-    assert source.ignored == ("README.md",)
 
 
 def test_a_source_says_what_it_was(tmp_path: Path) -> None:
@@ -300,6 +299,16 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "x")
     with pytest.raises(DataError, match=r"is a folder without data files\n  got: notes\.txt\n  allowed: \.jsonl"):
         find_source(str(tmp_path), revision=None, cache=tmp_path, split="train")
+
+
+def test_a_folder_with_more_than_data_is_not_read_in_part(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    write(tmp_path / "LICENSE", "x")
+    write(tmp_path / "more.xlsx", "x")
+    (tmp_path / "older").mkdir()
+    with pytest.raises(DataError, match=r"holds more than data files.*\n  got: more\.xlsx, older\n") as caught:
+        find_source(str(tmp_path), revision=None, cache=tmp_path, split="train")
+    assert "do this: move them away, or name the files one by one" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- hub

@@ -23,15 +23,14 @@ class Source:
     """One located source.
 
     ``location`` is what the user wrote. ``sha256`` covers names and contents of the files; for the Hub it covers
-    repository, commit, subset and split, which fix the content. ``ignored`` are the files of a folder that are no
-    data. ``records`` may be called again and again; each call reads from the start.
+    repository, commit, subset and split, which fix the content. ``records`` may be called again and again; each call
+    reads from the start.
     """
 
     location: str
     sha256: str
     records: Callable[[], Iterator[Record]]
     files: tuple[Path, ...] = ()
-    ignored: tuple[str, ...] = ()
     revision: str = ""
     license: str = ""
 
@@ -54,16 +53,17 @@ def find_source(location: str, *, revision: str | None, cache: Path, split: str)
     revision is resolved to a commit here. Relative paths are those of the working directory.
 
     Raises:
-        DataError: nothing there, unknown extension, folder without data, unknown or unreachable Hub dataset.
+        DataError: nothing there, unknown extension, folder without data or with other things in it, unknown or
+            unreachable Hub dataset.
     """
     if location.startswith(HUB_PREFIX):
         return _hub_source(location, revision=revision, cache=cache, split=split)
     path = Path(location).expanduser()
     if path.is_dir():
-        files, ignored = _files_of_folder(path, location)
+        files = _files_of_folder(path, location)
     elif path.is_file():
         data_extension(path, location)
-        files, ignored = (path,), ()
+        files = (path,)
     else:
         raise _missing(path, location)
     names = [location if path.is_file() else f"{location.rstrip('/')}/{file.name}" for file in files]
@@ -72,7 +72,7 @@ def find_source(location: str, *, revision: str | None, cache: Path, split: str)
         for file, name in zip(files, names, strict=True):
             yield from read_file(file, name=name)
 
-    return Source(location=location, sha256=_content_hash(files), records=records, files=files, ignored=ignored)
+    return Source(location=location, sha256=_content_hash(files), records=records, files=files)
 
 
 def read_source(
@@ -116,19 +116,24 @@ def _refuse_repeats(sources: Iterable[Source]) -> None:
             seen[file.resolve()] = source.location
 
 
-def _files_of_folder(folder: Path, location: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def _files_of_folder(folder: Path, location: str) -> tuple[Path, ...]:
+    """The data files directly in ``folder``. Documents about the data may stand beside them, and nothing else."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = tuple(entry for entry in entries if entry.is_file() and known_extension(entry))
-    ignored = tuple(entry.name for entry in entries if entry not in files)
-    if not files:
-        raise DataError(
-            "is a folder without data files",
-            where=location,
-            got=", ".join(ignored[:8]) or "an empty folder",
-            allowed=" ".join(READERS),
-            do="name a file, or the folder that directly holds the files",
-        )
-    return files, ignored
+    others = [entry.name for entry in entries if entry not in files and not _is_document(entry)]
+    if files and not others:
+        return files
+    raise DataError(
+        "holds more than data files, and nothing is left out in silence" if files else "is a folder without data files",
+        where=location,
+        got=", ".join(others[:8]) or "an empty folder",
+        allowed=f"{' '.join(READERS)}, and documents (.md, LICENSE, NOTICE)",
+        do="move them away, or name the files one by one" if files else "name the folder that directly holds the files",
+    )
+
+
+def _is_document(entry: Path) -> bool:
+    return entry.is_file() and (entry.suffix.lower() == ".md" or entry.stem.upper() in ("LICENSE", "NOTICE", "README"))
 
 
 def _missing(path: Path, location: str) -> DataError:
