@@ -11,7 +11,7 @@ from collections.abc import Mapping
 REDACTED = "[redacted]"
 
 _SECRET_NAME = re.compile(
-    r"(?:^|[_.\-])(?:token|tokens|api_?key|access_?key|secret|secrets|password|passwd|passphrase|credential|credentials)"
+    r"(?:^|[_.\-])(?:token|tokens|api[_-]?key|access[_-]?key|secret|secrets|password|passwd|passphrase|credential|credentials)"
     r"(?:$|[_.\-](?:id|key|value)?$)",
     re.IGNORECASE,
 )
@@ -29,7 +29,7 @@ _SECRET_SHAPES = (
 # A W&B key of the older kind is 40 hex digits, which is also what a git commit looks like; only its neighbourhood
 # tells them apart.
 _NAMED_VALUE = re.compile(
-    r"(?P<name>[A-Za-z0-9_.\-]*(?:token|api_?key|access_?key|secret|password|passwd)[A-Za-z0-9_]*[\"']?\s*[=:]\s*[\"']?)"
+    r"(?P<name>[A-Za-z0-9_.\-]*(?:token|api[_-]?key|access[_-]?key|secret|password|passwd)[A-Za-z0-9_]*[\"']?\s*[=:]\s*[\"']?)"
     r"(?P<value>[^\s\"',;}{)]{8,})",
     re.IGNORECASE,
 )
