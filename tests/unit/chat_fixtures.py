@@ -1,6 +1,6 @@
 """Small tokenizers and conversations for the tests of formats, templates, chat and length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -51,6 +51,13 @@ def sentence_piece_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
 def row(number: int, *turns: tuple[str, str], **more: object) -> Conversation:
     """A conversation of (role, content) turns from line ``number`` of rows.jsonl."""
     messages = tuple(Message(role=role, content=content) for role, content in turns)
@@ -62,6 +69,6 @@ def text_row(number: int, text: str) -> Conversation:
     return Conversation(id=str(number), origin=Origin("rows.jsonl", number), text=text)
 
 
-def records(*fields: dict[str, object], file: str = "rows.jsonl") -> list[Record]:
+def records(*fields: Mapping[str, object], file: str = "rows.jsonl") -> list[Record]:
     """Records of consecutive lines of ``file``."""
     return [Record(entry, Origin(file, number)) for number, entry in enumerate(fields, start=1)]

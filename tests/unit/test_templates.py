@@ -19,7 +19,7 @@ from trainer.data.templates import (
 from trainer.errors import DataError
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
-VARIABLES = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
+VARIABLES: dict[str, Any] = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "é", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
 SYSTEM, USER, ASSISTANT = ({"role": role, "content": f" {role} é "} for role in ("system", "user", "assistant"))
@@ -115,12 +115,13 @@ def test_the_marks_hold_the_answers_and_the_token_that_ends_them(name: str) -> N
     end = {"gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}.get(name, "<|im_end|>")
     end = "<EOS>" if name in ("mistral", "mistral-tekken", "plain") else end
     space = " " if name == "mistral" else ""
-    texts, places = render_jinja_template(
+    result: Any = render_jinja_template(
         [TWO_TURNS],
         chat_template=builtin_template(name).text,
         return_assistant_tokens_mask=True,
         **VARIABLES,
     )
+    texts, places = result
     marked = [texts[0][start:stop] for start, stop in places[0]]
     assert marked == [f"{space}b{end}", f"{space}d{end}"]
 

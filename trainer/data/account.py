@@ -16,7 +16,7 @@ def say_rows(rows: Rows) -> None:
     """Print sources, recognised shapes, what was left out, findings and the balance of the labels."""
     for source in rows.sources:
         rights = f", {source.license}" if source.license else ""
-        revision = f" at {source.revision[:12]}" if source.revision else ""
+        revision = f" at {source.revision[:12]}" if source.revision and source.revision not in source.location else ""
         console.say(f"read {source.rows} rows of {source.location}{revision}{rights}")
     shapes = sorted(set(rows.shapes.values()))
     console.say(f"shape of the rows: {', '.join(shapes)}")

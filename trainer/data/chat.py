@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.dropped import Leftovers
-from trainer.data.render import Rendered, Renderer
+from trainer.data.render import CONTROL, Rendered, Renderer
 from trainer.data.special_tokens import control_tokens, require_end_token
 from trainer.data.templates import ChatTemplate, choose_template, suggestions
 from trainer.data.turns import RowFault
@@ -239,7 +239,7 @@ class ChatEncoder:
             fault: RowFault | None = None
             for start, end in item.answers:
                 got, expected = next(decoded), item.text[start:end]
-                if not self._same(got, expected):
+                if not _same(got, expected):
                     fault = RowFault(MISREAD, f"{got[:60]!r} instead of {expected[:60]!r}")
             if fault is None and prompt is not None and ids[: answers[-1][0]].tolist() != prompt:
                 fault = RowFault(FUSED, f"before {item.text[item.prompt_end :][:40]!r}")
@@ -254,17 +254,13 @@ class ChatEncoder:
         )
         return [next(alone) if check else None for check in several]
 
-    def _same(self, got: str, expected: str) -> bool:
-        """Equal up to Unicode normal form (some tokenizers apply one) and the leading space that decoding may eat."""
-        if not self._in_pieces:
-            got, expected = got.removeprefix(" "), expected.removeprefix(" ")
-        return got == expected or unicodedata.normalize("NFKC", got) == unicodedata.normalize("NFKC", expected)
-
     def _refuse_unfit_template(self, chats: list[Conversation], leftovers: Leftovers) -> None:
         """Refuse when more than half of the first rows failed: then it is the template and not the rows."""
-        if self.template is None or 2 * len(leftovers) <= len(chats):
+        # A control token in a row's own text is the row's fault with any template.
+        found = [item for item in leftovers.report() if item.reason != CONTROL]
+        if self.template is None or 2 * sum(item.count for item in found) <= len(chats):
             return
-        worst = leftovers.report()[0]
+        worst = found[0]
         raise DataError(
             f"the chat template cannot be used with these rows: {worst.reason}",
             where=self.template.name,
@@ -275,8 +271,15 @@ class ChatEncoder:
 
     def _shown(self, chats: list[Conversation], worst: Dropped) -> str:
         """Render the first failing row for the error, as far as the template can."""
-        row = next(item for item in chats if worst.first[0].startswith(str(item.origin)))
+        # A listed row is "file:line" or "file:line (detail)".
+        row = next(item for item in chats if f"{worst.first[0]} (".startswith(f"{item.origin} ("))
         return f"  the row as rendered:\n{self._needed_renderer().preview(row)[:_SHOWN]}"
+
+
+def _same(got: str, expected: str) -> bool:
+    """Equal up to Unicode normal form (some tokenizers apply one) and the leading space that decoding may eat."""
+    got, expected = got.removeprefix(" "), expected.removeprefix(" ")
+    return got == expected or unicodedata.normalize("NFKC", got) == unicodedata.normalize("NFKC", expected)
 
 
 def marked_sample(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample) -> str:

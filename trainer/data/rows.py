@@ -5,12 +5,13 @@ a row lands in another split; gates come before anything is chosen, so that a li
 record is taken in between, so that a limit on the test rows does not look like another test.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.config import DataConfig, TaskConfig
-from trainer.data.checks import Checked, Finding, check_rows, refuse_if_too_many
+from trainer.data.checks import Checked, Finding, check_rows, label_of, refuse_if_too_many
 from trainer.data.dropped import merge
 from trainer.data.formats import RowOptions, format_rows, unique_ids
 from trainer.data.legal.store import legal_records
@@ -41,7 +42,8 @@ class Rows:
     """The rows of a run.
 
     ``gated``: all that passed the gates, before limits and mixture (what is frozen). ``splits``: those that are used;
-    in a mixture a training row may occur several times. ``shapes``: file to recognised shape.
+    in a mixture a training row may occur several times. ``balance``: split to label to rows of those, for
+    classification. ``shapes``: file to recognised shape.
     """
 
     gated: Splits
@@ -86,12 +88,16 @@ def gather_rows(data: DataConfig, task: TaskConfig, *, cache: Path) -> Rows:
         labels=checked.labels,
         dropped=merge(*dropped, checked.dropped),
         findings=checked.findings,
-        balance=checked.balance,
+        balance=_balance(used) if task.name == "classification" else {},
         shapes=shapes,
         ignored=sorted(set(ignored)),
         mixture=mixture,
         sources=read.sources,
     )
+
+
+def _balance(splits: Splits) -> dict[str, dict[str, int]]:
+    return {name: dict(sorted(Counter(map(label_of, rows)).items())) for name, rows in splits.items() if rows}
 
 
 def rows_digest(rows: Sequence[Conversation]) -> str:
