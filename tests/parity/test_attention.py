@@ -39,8 +39,9 @@ def random_heads(total, heads=4, groups=2) -> Any:
     return [torch.randn(1, h, total, 8, requires_grad=True) for h in (heads, groups, groups)]
 
 
-def dense_reference(query, key, value, boundaries, window):
+def dense_reference(heads, boundaries, window):
     """Softmax over a T x T mask: same document, not later, not further back than the window."""
+    query, key, value = heads
     total = query.shape[2]
     document = torch.zeros(total, dtype=torch.int64)
     for end in boundaries[1:-1]:
@@ -61,12 +62,15 @@ def dense_reference(query, key, value, boundaries, window):
 def test_equals_the_definition(window, groups, lengths):
     boundaries = [0, *itertools.accumulate(lengths)]
     heads = random_heads(sum(lengths), groups=groups)
-    expected = dense_reference(*heads, boundaries, window)
+    expected = dense_reference(heads, boundaries, window)
     weight = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weight).sum(), heads)
+    query, key, value = heads
     output, _ = packed_attention(
         Layer(),
-        *heads,
+        query,
+        key,
+        value,
         MARKER,
         scaling=0.3,
         sliding_window=window,
@@ -78,14 +82,33 @@ def test_equals_the_definition(window, groups, lengths):
         assert_near(gradient, reference, largest=2e-5, mean=2e-6)
 
 
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [0.3, None])
+def test_bfloat16_gradients_on_a_cpu(groups, scaling):
+    """They come from plain products: equal to float32 SDPA within rounding, and the output is SDPA's own."""
+    lengths = (20, 3, 1, 40)
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    heads = [x.detach().bfloat16().requires_grad_() for x in random_heads(64, groups=groups)]
+    exact = [x.detach().float().requires_grad_() for x in heads]
+    weight = torch.randn(1, 64, 4, 8)
+    results = []
+    for query, key, value in (heads, exact):
+        output, _ = packed_attention(Layer(), query, key, value, MARKER, scaling=scaling, cu_seq_lens_q=boundaries)
+        gradients = torch.autograd.grad((output.float() * weight).sum(), (query, key, value))
+        results.append([output, *gradients])
+    for value, reference in zip(*results, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert relative_difference(value.detach(), reference.detach()) < 0.01
+
+
 def test_without_boundaries_it_is_sdpa_with_the_given_mask():
     query, key, value = random_heads(6)
     mask = torch.tril(torch.ones(6, 6, dtype=torch.bool))
     mask[:, 0] = False
     mask[0, 0] = True
     output, _ = packed_attention(Layer(), query, key, value, mask[None, None], scaling=0.3)
-    repeated = [x.repeat_interleave(2, dim=1) for x in (key, value)]
-    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
     assert_near(output, expected, largest=2e-6, mean=2e-7)
 
 
@@ -99,10 +122,10 @@ def test_mixed_precision_of_queries_and_values():
 
 class TestRefusals:
     def refusal(self, **options):
-        heads = random_heads(6)
+        query, key, value = random_heads(6)
         mask = options.pop("mask", MARKER)
         with pytest.raises(ModelError) as caught:
-            packed_attention(Layer(), *heads, mask, **options)
+            packed_attention(Layer(), query, key, value, mask, **options)
         return str(caught.value)
 
     def test_boundaries_lost_on_the_way(self):

@@ -17,15 +17,13 @@ from transformers import PreTrainedModel
 
 from trainer.errors import ModelError
 from trainer.model import load, precision
+from trainer.model.folder import count_elements, describe_folder, weight_files
 from trainer.model.load import (
-    count_elements,
-    describe_folder,
     load_model,
     load_tokenizer,
     matmul_shape,
     resolve_base,
     resolve_dtype,
-    weight_files,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
