@@ -16,10 +16,10 @@ from trainer.redaction import REDACTED, looks_secret
 BUILTIN_MODELS = ("builtin:smollm2-135m-instruct", "builtin:tiny")
 HUB_DATA = "hub:"
 METRICS: dict[TaskName, tuple[str, ...]] = {
-    "classification": ("loss", "exact_match", "accuracy", "macro_f1"),
+    "classification": ("loss", "exact_match", "accuracy", "macro_f1", "valid_labels"),
     "extraction": ("loss", "exact_match", "token_f1"),
     "summary": ("loss", "exact_match", "rouge1", "rouge2", "rougeL"),
-    "chat": ("loss", "exact_match"),
+    "chat": ("loss", "exact_match", "token_f1"),
     "text": ("loss",),
 }
 """What ``eval.metric`` may be, by task. ``loss`` is better when lower, everything else when higher."""

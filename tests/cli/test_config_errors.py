@@ -147,6 +147,13 @@ def test_the_last_place_that_set_a_key_is_named(tmp_path: Path) -> None:
     compose(["experiment=high", "method.rank=4", "optim.lr=1"], config_dir=None, cwd=tmp_path)
 
 
+def test_a_file_that_hides_a_shipped_one_is_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/tiny.yaml").write_text("pth: x\npath: 3\n")
+    found = problems(tmp_path, "model=tiny")
+    assert [entry.where for entry in found] == ["conf/model/tiny.yaml: model.path", "conf/model/tiny.yaml: model.pth"]
+
+
 def test_wrong_defaults_lists_do_not_hide_wrong_values(tmp_path: Path) -> None:
     experiment(
         tmp_path,

@@ -34,6 +34,7 @@ LLAMA = {
 def test_a_config_gives_the_shape_and_the_exact_number_of_weights() -> None:
     shape = read_shape(LLAMA)
     assert shape == SMOLLM2_135M
+    assert shape is not None
     assert shape.parameters == 134_515_008
     assert replace(shape, tied=False).parameters == 134_515_008 + 49152 * 576
     assert read_shape({"text_config": LLAMA}) == shape

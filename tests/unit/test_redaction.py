@@ -10,7 +10,8 @@ NOTHING: dict[str, str] = {}
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "wandb.api_key", "api-key", "apikey", "AWS_SECRET_ACCESS_KEY",
+    ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "wandb.api_key", "api-key", "apikey",
+     "AWS_SECRET_ACCESS_KEY",
      "AWS_ACCESS_KEY_ID", "db_password", "PASSWORD", "client_secret", "token", "MY_CREDENTIALS", "auth_token_value"],
 )  # fmt: skip
 def test_secret_names(name: str) -> None:
@@ -51,7 +52,8 @@ def test_shapes_of_secrets(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Qwen/Qwen2.5-0.5B-Instruct", "hub:org/name/subset:train", "hf_internal/tiny", "c4c6ad0b5bd04b5d9d3bc0f9a4d7a2b1c0ffee00",
+    ["Qwen/Qwen2.5-0.5B-Instruct", "hub:org/name/subset:train", "hf_internal/tiny",
+     "c4c6ad0b5bd04b5d9d3bc0f9a4d7a2b1c0ffee00",
      "outputs/legal_lora/a6f502975c", "/data/sk-learn/x", "q_proj", "https://example.org:8080/a@b", "max_new_tokens=64",
      "tokens: 123456789", "loss 0.25, tokens_per_second=1234.56789", "stop_token_ids=[12345678]", "a token of thanks"],
 )  # fmt: skip
