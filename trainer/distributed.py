@@ -203,7 +203,8 @@ def seed_all(*parts: int) -> None:
     not to a rank: no random state exists between two micro-batches, a resumed run and a run at another world size draw
     the same noise.
     """
-    state = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    # NumPy fills up with zeros, so (7,) and (7, 0) would be one seed without the length.
+    state = int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0])
     random.seed(state)
     np.random.seed(state % 2**32)
     torch.manual_seed(state % 2**63)

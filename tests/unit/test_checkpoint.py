@@ -302,8 +302,9 @@ def test_a_whole_checkpoint_of_the_same_step_is_left_alone(ranks: Ranks, tmp_pat
 
 def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside(ranks: Ranks, tmp_path: Path) -> None:
     strategy = prepared(ranks)
+    path = checkpoint_path(tmp_path, 4)
     for _ in range(2):
-        (path,) = published_at(strategy, tmp_path, 4)
+        published_at(strategy, tmp_path, 4)
         flip(path)
     published_at(strategy, tmp_path, 4)
     verify(path)

@@ -14,10 +14,10 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_raises_the_flag_and_nothing_else(number: signal.Signals) -> None:
     with StopFlag() as stop:
-        assert not stop
+        assert not stop.is_up()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-        assert stop
+        assert stop.is_up()
         assert stop.cause == number.name
 
 

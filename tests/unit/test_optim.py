@@ -94,7 +94,8 @@ def test_the_optimizer_has_the_trainable_parameters_once_and_nothing_frozen() ->
 def test_decay_pulls_matrices_and_leaves_norms() -> None:
     model = tiny_model()
     optimizer = make_optimizer(model, lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    matrix, norm = model.model.layers[0].mlp.up_proj.weight, model.model.norm.weight
+    named = dict(model.named_parameters())
+    matrix, norm = named["model.layers.0.mlp.up_proj.weight"], named["model.norm.weight"]
     before = matrix.detach().clone(), norm.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

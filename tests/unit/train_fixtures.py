@@ -48,7 +48,6 @@ def tiny_config(dropout: float = 0.0) -> LlamaConfig:
         max_position_embeddings=256,
         attention_dropout=dropout,
         tie_word_embeddings=False,
-        attn_implementation=IMPLEMENTATION,
     )
 
 
@@ -56,7 +55,7 @@ def tiny_model(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
     """The same random weights for the same seed."""
     register()
     torch.manual_seed(seed)
-    return LlamaForCausalLM(tiny_config(dropout))
+    return LlamaForCausalLM._from_config(tiny_config(dropout), attn_implementation=IMPLEMENTATION)
 
 
 def tiny_loss(*, lora: bool, dropout: float = 0.0, compute_dtype: torch.dtype = torch.float32) -> PackedLoss:
@@ -69,7 +68,7 @@ def tiny_loss(*, lora: bool, dropout: float = 0.0, compute_dtype: torch.dtype = 
 
 
 def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
-    """Documents of 3 to 40 tokens that repeat themselves (so there is something to learn), loss on their second half."""
+    """Documents of 3 to 40 tokens that repeat themselves, so there is something to learn; loss on their second half."""
     random = np.random.default_rng(seed)
     with ArenaWriter(folder) as writer:
         for _ in range(documents):
@@ -93,6 +92,34 @@ def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: floa
         world_size=world_size,
         accumulation=packs // world_size,
     )
+
+
+def make_source(
+    folder: Path, ranks: Ranks, *, packs: int, epochs: float = 3.0, max_steps: int | None = None
+) -> TrainingBatches:
+    """The batches of this rank out of the arena in ``folder``."""
+    arena = TokenArena.open(folder / "train")
+    plan = schedule_for(arena, world_size=ranks.world_size, packs=packs, epochs=epochs, max_steps=max_steps)
+    return TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=0)
+
+
+def tiny_strategy(
+    ranks: Ranks,
+    *,
+    lora: bool,
+    dropout: float = 0.0,
+    lr: float = 2e-3,
+    clip_norm: float = 0.5,
+    weight_decay: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Strategy, PackedLoss]:
+    """A prepared strategy around the tiny model, and its loss module."""
+    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype)
+    strategy = make_strategy("single" if ranks.world_size == 1 else "ddp", ranks, dtype=dtype, clip_norm=clip_norm)
+    strategy.prepare(
+        loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    )
+    return strategy, loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +153,8 @@ def train_run(
     """Train as ``run`` says, from its newest checkpoint if it has one; returns also the warnings."""
     folder = Path(run.folder)
     warnings: list[str] = []
-    arena = TokenArena.open(folder / "train")
-    plan = schedule_for(arena, world_size=run.world_size, packs=run.packs, epochs=run.epochs, max_steps=run.max_steps)
-    source = TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=0)
-    strategy = make_strategy(
-        "single" if run.world_size == 1 else "ddp", ranks, dtype=torch.float32, clip_norm=run.clip_norm
-    )
-    strategy.prepare(
-        tiny_loss(lora=run.lora, dropout=run.dropout),
-        lambda module: make_optimizer(module, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
-    )
+    source = make_source(folder, ranks, packs=run.packs, epochs=run.epochs, max_steps=run.max_steps)
+    strategy, _ = tiny_strategy(ranks, lora=run.lora, dropout=run.dropout, lr=run.lr, clip_norm=run.clip_norm)
     found = find_agreed(
         ranks,
         folder / "checkpoints",
@@ -181,7 +200,7 @@ def train_run(
         return output
 
     strategy.inner.register_forward_hook(interfere)
-    lr = lr_schedule("cosine", steps=plan.num_steps, warmup=0.1)
+    lr = lr_schedule("cosine", steps=source.num_steps, warmup=0.1)
     settings = Settings(
         seed=5,
         lr=lambda step: run.lr * lr(step),
@@ -216,7 +235,11 @@ def start(run: Run, *, limit: Callable[[], None] | None = None) -> list[subproce
     """Start the ranks of ``run`` as processes, with torchrun's variables. ``limit`` runs in each before Python."""
     checkout = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join(str(checkout / part) for part in (".", "kernels", "launch"))
-    common = dict(os.environ) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    common = dict(os.environ) | {  # noqa: TID251  (a new process needs one)
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     if run.world_size > 1:
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.world_size)}
     processes: list[subprocess.Popen[str]] = []

@@ -38,14 +38,15 @@ class NonFinite(TrainingFault):
 
 
 class StopFlag:
-    """Truth value: whether this process was asked to stop. A context manager: the handlers are only set inside it."""
+    """Whether this process was asked to stop, and by which signal. The handlers are set inside its context only."""
 
     def __init__(self) -> None:
         self.cause = ""
         self._at_once = ""
         self._before: dict[signal.Signals, object] = {}
 
-    def __bool__(self) -> bool:
+    def is_up(self) -> bool:
+        """Whether this process was asked to stop."""
         return bool(self.cause)
 
     def __enter__(self) -> "StopFlag":

@@ -93,7 +93,7 @@ def train(
             break
         timer = StepTimer()
         lr = settings.lr(planned.index)
-        outcome = train_step(strategy, source, planned, lr=lr, seed=settings.seed, stop=bool(stop), timer=timer)
+        outcome = train_step(strategy, source, planned, lr=lr, seed=settings.seed, stop=stop.is_up, timer=timer)
         state.tokens += outcome.tokens
         record = _record(strategy, planned, outcome, state, lr, timer)
         if outcome.fault is not None:
@@ -125,12 +125,13 @@ def train_step(
     *,
     lr: float,
     seed: int,
-    stop: bool,
+    stop: Callable[[], bool],
     timer: StepTimer,
 ) -> Outcome:
     """Forward and backward over this rank's micro-batches, agree with the other ranks, and take the optimizer step.
 
-    The step is not taken when a loss or the gradient is not finite (``Outcome.fault``).
+    ``stop`` is asked as late as possible. The step is not taken when a loss or the gradient is not finite
+    (``Outcome.fault``).
 
     Raises:
         TrainingFault: the batches do not hold the targets that the schedule counted.
@@ -150,7 +151,7 @@ def train_step(
         losses.append(loss.detach())
         tokens, targets = tokens + batch.num_tokens, targets + batch.num_targets
     with timer.part("forward_backward"):  # on a GPU this is where the host waits for the work queued above
-        per_rank, (stop_votes, tokens, targets) = _agree(strategy, losses, (float(stop), tokens, targets))
+        per_rank, (stop_votes, tokens, targets) = _agree(strategy, losses, (float(stop()), tokens, targets))
     if targets != planned.num_targets:
         raise TrainingFault(
             "the batches do not hold the targets that the schedule counted; the loss would be scaled wrongly",
