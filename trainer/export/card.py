@@ -195,7 +195,7 @@ def training(lineage: Lineage) -> str:
             ["LoRA", f"rank {method.rank}, alpha {method.alpha:g}, dropout {method.dropout:g}"],
             [
                 "adapted modules",
-                escape(", ".join(method.targets)) + (f", layers {method.layers}" if method.layers else ""),
+                escape(", ".join(method.targets)) + (f", layers `{method.layers}`" if method.layers else ""),
             ],
         ]
     rows += [
@@ -268,11 +268,13 @@ def checks(lineage: Lineage) -> str:
     for name in lineage.exports:
         figures, readers = stage.summary, "transformers and peft" if name == "adapter" else "transformers"
         if f"{name}_prompts" in figures:
+            ties = f" ({figures[f'{name}_near_ties']} after a near tie)" if figures[f"{name}_near_ties"] else ""
+            equal, prompts = figures[f"{name}_equal"], figures[f"{name}_prompts"]
+            worst, allowed = float(figures[f"{name}_difference"]), float(figures[f"{name}_tolerance"])
             found.append(
-                f"`{name}/`, loaded in a fresh process by plain {readers}: "
-                f"{figures[f'{name}_equal']} of {figures[f'{name}_prompts']} recorded answers equal token by token; "
-                f"log-probabilities differ by at most {float(figures[f'{name}_difference']):.3g} nats "
-                f"(allowed {float(figures[f'{name}_tolerance']):g} in {lineage.dtype})."
+                f"`{name}/`, loaded in a fresh process by plain {readers}: {equal} of {prompts} recorded answers equal "
+                f"token by token{ties}; log-probabilities differ by at most {worst:.3g} nats (allowed {allowed:g} in "
+                f"{lineage.dtype})."
             )
     return bullets(found) if found else "The export was not verified."
 

@@ -14,6 +14,7 @@ METRICS = {
     "rouge2": "ROUGE-2 (F)",
     "rougeL": "ROUGE-L (F)",
     "stopped": "answers that stop by themselves",
+    "perplexity": "perplexity per token",
 }
 """In the order of the table."""
 HUB_METRIC = {
@@ -24,6 +25,7 @@ HUB_METRIC = {
     "rouge1": "rouge",
     "rouge2": "rouge",
     "rougeL": "rouge",
+    "perplexity": "perplexity",
 }
 SHARES = ("exact_match", "accuracy", "valid_labels", "stopped")
 """Means of yes-or-no per row, whose standard error follows from the number of rows."""
@@ -35,13 +37,16 @@ def main_metric(evaluation: EvaluationRecord | None) -> str | None:
 
 
 def figure(name: str, evaluation: EvaluationRecord) -> str:
-    """A metric with its standard error where that is known: sqrt(p (1 - p) / n)."""
+    """A metric with its standard error where that is known: sqrt(p (1 - p) / n).
+
+    At 0 and 1 that formula gives 0, which would claim a certainty that n rows do not give: none is shown.
+    """
     value = evaluation.metrics.get(name)
     if value is None:
         return "not measured"
-    if name not in SHARES:
+    if name not in SHARES or not 0.0 < value < 1.0:
         return number(value)
-    return f"{value:.3f} ± {math.sqrt(max(0.0, value * (1 - value)) / evaluation.rows):.3f}"
+    return f"{value:.3f} ± {math.sqrt(value * (1 - value) / evaluation.rows):.3f}"
 
 
 def number(value: float | None) -> str:

