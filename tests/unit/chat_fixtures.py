@@ -28,7 +28,7 @@ def byte_level(
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        [TEXT] * 4,
+        [TEXT, "the\n\n\n\nbuyer\n\n"] * 4,
         trainers.BpeTrainer(
             vocab_size=400, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
         ),

@@ -255,6 +255,14 @@ ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
             REWRITES,
             "",
         ),
+        (
+            own("{% for m in messages %}{{ m.role + ': ' }}{% generation %}{{ m.content + eos_token if m.role == "
+                "'assistant' }}{% endgeneration %}{{ m.content if m.role != 'assistant' }}{% endfor %}"
+                "{{ 'assistant: ' if add_generation_prompt and messages[-1].content != 'x' }}"),
+            row(9, ("user", "x"), ("assistant", "a")),
+            REWRITES,
+            "'assistant: ' instead of ''",
+        ),
         (own(UNMARKED), row(9, ("assistant", "a")), UNMARKED_TURNS, "opens with an assistant turn"),
         (
             own("{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ 'A:' }}{% generation %}"

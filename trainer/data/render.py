@@ -83,7 +83,8 @@ class Renderer:
         answers = tuple(
             self._exact(text, place, conversation.messages[at]) for at, place in zip(turns, places, strict=True)
         )
-        self._check_prompt(messages[: turns[-1]], conversation.tools, text[: answers[-1][0]])
+        if self.marked:  # without marks the place of an answer was found by rendering its prompt
+            self._check_prompt(messages[: turns[-1]], conversation.tools, text[: answers[-1][0]])
         return Rendered(text=text, answers=answers)
 
     def end_of_turn(self, rendered: Rendered) -> str:
