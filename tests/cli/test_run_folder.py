@@ -103,7 +103,15 @@ def test_a_folder_of_another_run_is_refused(once: Once) -> None:
     assert "run.seed: 0 -> 5" in ended.err
 
 
-LONG = ["train", "+experiment=smoke", "launch.device=cpu", "optim.max_steps=100000", "eval.every=5", "run.dir=run"]
+LONG = [
+    "train",
+    "+experiment=smoke",
+    "launch.device=cpu",
+    "optim.epochs=5000",
+    "optim.max_steps=90000",
+    "eval.every=5",
+    "run.dir=run",
+]
 
 
 def long_words(cache: Path, processes: int) -> list[str]:
@@ -146,7 +154,7 @@ def test_a_killed_run_leaves_nobody_and_goes_on(cache: Path, tmp_path: Path) -> 
     ranks: list[Gone] = []
 
     def kill(line: str, process: subprocess.Popen[str]) -> None:
-        if line.startswith("step 5:"):
+        if line.startswith("step 10:"):  # the checkpoint of step 5 is published
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             ranks.extend(Gone(int(pid)) for pid in children)
             process.kill()
