@@ -30,7 +30,7 @@ def counts(batch: PackedBatch | CompactBatch) -> tuple[int, int, int, int]:
     padding=st.one_of(st.none(), st.integers(0, 40)),
     pad_id=st.integers(0, (1 << 31) - 1),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_layout_equals_the_reference(rows: list[Run], picks: list[int], padding: int | None, pad_id: int) -> None:
     with TemporaryDirectory() as folder:
         _check_all_layouts(write_arena(Path(folder) / "arena", rows), picks, padding, pad_id)

@@ -18,7 +18,7 @@ ALGORITHMS: tuple[Algorithm, ...] = ("rfc", "ffd", "bfd")
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @given(case=cases(), max_docs=st.one_of(st.none(), st.integers(1, 6)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_document_is_lost_or_doubled_and_no_pack_overflows(
     algorithm: Algorithm, case: Case, max_docs: int | None
 ) -> None:
@@ -116,12 +116,6 @@ def test_rfc_packs_big_documents_first_when_partners_are_scarce() -> None:
     """Uniform lengths: half of the documents need a pack of their own, and the rest must go to them."""
     lengths = np.random.default_rng(0).integers(1, 4097, 100_000).astype(np.int32)
     assert pack(lengths, 4096).fill > 0.985
-
-
-def test_the_pool_grows_with_the_documents_of_a_pack() -> None:
-    """3000 documents in a pack: a pool of 1024 could not close one."""
-    lengths = np.random.default_rng(0).integers(5, 16, 200_000).astype(np.int32)
-    assert pack(lengths, 30_000).fill > 0.98
 
 
 def test_plans_are_the_same_for_every_integer_type_and_memory_layout() -> None:
