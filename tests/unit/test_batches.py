@@ -20,9 +20,9 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> TokenArena:
     return make_arena(tmp_path_factory.mktemp("arena") / "train")
 
 
-def batches(arena: TokenArena, rank: int = 0, world_size: int = 1, origins: list[str] | None = None) -> TrainingBatches:
+def batches(arena: TokenArena, rank: int = 0, world_size: int = 1) -> TrainingBatches:
     plan = schedule_for(arena, world_size=world_size, packs=2, epochs=2.0, max_steps=None)
-    return TrainingBatches(arena, plan, rank=rank, device=CPU, pad_token_id=0, origins=origins or [])
+    return TrainingBatches(arena, plan, rank=rank, device=CPU, pad_token_id=0)
 
 
 def test_a_batch_is_what_its_documents_say(arena: TokenArena) -> None:
@@ -92,7 +92,10 @@ def test_documents_are_described_by_origin_or_number(arena: TokenArena) -> None:
     source = batches(arena, rank=0, world_size=2)
     other = next(batches(arena, rank=1, world_size=2).steps(3)).documents[0].tolist()
     assert source.describe(3, 1, 0) == ", ".join(f"document {number}" for number in other)
-    named = batches(arena, world_size=2, origins=[f"rows.jsonl:{n + 1}" for n in range(arena.num_documents)])
+    plan = schedule_for(arena, world_size=2, packs=2, epochs=2.0, max_steps=None)
+    named = TrainingBatches(
+        arena, plan, rank=0, device=CPU, pad_token_id=0, origin_of=lambda number: f"rows.jsonl:{number + 1}"
+    )
     assert named.describe(3, 1, 0) == ", ".join(f"rows.jsonl:{number + 1}" for number in other)
 
 

@@ -5,7 +5,7 @@ every rank, so a resumed run or one at another world size needs no state of a sa
 shuffled here: a micro-batch is collated when it is asked for, which takes a fraction of a millisecond.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ class PlannedStep:
 
 
 class TrainingBatches:
-    """The training data of one rank. ``origins`` names documents in messages (empty: by number)."""
+    """The training data of one rank. ``origin_of`` names a document in messages; it is only called for those."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class TrainingBatches:
         rank: int,
         device: torch.device,
         pad_token_id: int,
-        origins: Sequence[str] = (),
+        origin_of: Callable[[int], str] = "document {}".format,
     ) -> None:
         self.num_steps: int = plan.num_steps
         self._arena = arena
@@ -99,7 +99,7 @@ class TrainingBatches:
         self._rank = rank
         self._device = device
         self._pad_token_id = pad_token_id
-        self._origins = origins
+        self._origin_of = origin_of
 
     def steps(self, start: int) -> Iterator[PlannedStep]:
         """The steps from index ``start`` on; reaching one takes no time."""
@@ -118,8 +118,7 @@ class TrainingBatches:
     def describe(self, index: int, rank: int, micro_batch: int) -> str:
         """The documents of any rank's micro-batch in words, for messages."""
         documents = next(self._schedule.batches(rank, index))[micro_batch]
-        first = [int(document) for document in documents[:NAMED_DOCUMENTS]]
-        named = [self._origins[document] if self._origins else f"document {document}" for document in first]
+        named = [self._origin_of(int(document)) for document in documents[:NAMED_DOCUMENTS]]
         more = len(documents) - len(named)
         return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 

@@ -4,11 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.export.inference import Inference, golden_prompts, make_inference
+from trainer.export.inference import GOLDEN_PROMPTS, Inference, golden_prompts, make_inference, openings
 from trainer.export.weights import export_adapter, export_merged
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import compute_context
-from trainer.rank.job import Job, Summary, read_examples
+from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import generate_here
 
 
@@ -46,6 +46,10 @@ def describe_inference(job: Job, loss: PackedLoss) -> Inference:
     """How the export wants to be asked, with answers of the trained model to recognise it by."""
     base, prepared = job.prepared.base, job.prepared
     examples = read_examples(prepared.validation_examples) or read_examples(prepared.test_examples)
+    if not examples:  # plain texts have no questions
+        arena = open_arena(prepared.validation or prepared.train)
+        count = min(GOLDEN_PROMPTS, arena.num_documents)
+        examples = openings([arena.document(number)[0].tolist() for number in range(count)])
     compute = partial(compute_context, job.ranks.device, job.compute_dtype)
     golden = golden_prompts(
         loss.model, examples, generate=lambda chosen: generate_here(job, loss, chosen), compute=compute

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from trainer import console
 from trainer.distributed import Ranks
 from trainer.errors import DataError, RunError
 from trainer.markers import Marker, write_marker
@@ -45,6 +46,16 @@ class Job:
     def compute_dtype(self) -> torch.dtype:
         """What forward passes compute in."""
         return torch_dtype(self.prepared.dtype)
+
+    def say(self, text: str) -> None:
+        """Tell once what all ranks would tell."""
+        if self.ranks.is_first:
+            console.say(text)
+
+    def warn(self, text: str) -> None:
+        """Warn once of what all ranks see."""
+        if self.ranks.is_first:
+            console.warn(text)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Summary]:

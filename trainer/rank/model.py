@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.console import say
 from trainer.distributed import seed_all
 from trainer.model.adapters import (
     attach_lora,
@@ -35,7 +34,7 @@ def load_base(job: Job) -> nn.Module:
     config = job.plan.config
     weights = torch.float32 if config.method.name == "full" else job.compute_dtype
     trusted = config.model.trust_remote_code
-    say(f"loading {job.prepared.base.name}: weights {weights}, computing in {job.prepared.dtype}")
+    job.say(f"loading {job.prepared.base.name}: weights {weights}, computing in {job.prepared.dtype}")
     model = load_model(job.prepared.base.directory, dtype=weights, trust_remote_code=trusted)
     return cast(nn.Module, model).to(job.ranks.device)
 
@@ -52,7 +51,7 @@ def check_model(job: Job, model: nn.Module) -> LogitsVia:
         device=job.ranks.device,
     )
     for line in report.lines():
-        say(line)
+        job.say(line)
     return report.logits_via
 
 
@@ -88,7 +87,7 @@ def make_trainable(job: Job, model: nn.Module) -> nn.Module:
     if job.plan.config.model.activation_checkpointing:
         enable_activation_checkpointing(trained)
     mine, every = count_parameters(trained)
-    say(f"training {mine:,} of {every:,} parameters ({100 * mine / every:.2f} %)")
+    job.say(f"training {mine:,} of {every:,} parameters ({100 * mine / every:.2f} %)")
     return trained
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from trainer.console import say
 from trainer.data.batches import held_out_batches
 from trainer.errors import RunError, TrainingFault
 from trainer.evaluate.generate import generate, in_order
@@ -22,10 +21,10 @@ def evaluate_on_test(job: Job, who: str, loss: PackedLoss) -> Summary:
     """Loss and scores on the frozen test split into ``evaluation/<who>.json``; returns the marker's summary."""
     config, test = job.plan.config, job.prepared.test
     if test is None:
-        say(f"{who}: there is no test split, nothing is measured")
+        job.say(f"{who}: there is no test split, nothing is measured")
         return {"rows": 0}
     start = time.monotonic()
-    say(f"{who}: measuring {test.rows} test rows")
+    job.say(f"{who}: measuring {test.rows} test rows")
     held_out = measure_loss(job, loss, test)
     examples = read_examples(job.prepared.test_examples) if config.task.name != "text" else []
     predictions = answer(job, loss, examples)
@@ -43,7 +42,7 @@ def evaluate_on_test(job: Job, who: str, loss: PackedLoss) -> Summary:
     )
     if job.ranks.is_first:
         save_evaluation(job.folder.evaluation, evaluation, examples, predictions)
-    say(f"{who}: loss {held_out.mean:.4f}, " + ", ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
+    job.say(f"{who}: loss {held_out.mean:.4f}, " + ", ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
     return {"rows": test.rows, "loss": held_out.mean, **metrics}
 
 

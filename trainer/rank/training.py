@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 from functools import partial
 from math import ceil
+from pathlib import Path
 
-from trainer.console import ProgressReport, progress, say, warn
+from trainer.console import ProgressReport, progress
 from trainer.data.batches import TrainingBatches, training_schedule
+from trainer.data.tokenized import origins_path
 from trainer.distributed import Strategy
 from trainer.errors import NeedsPerson, RunError
+from trainer.evaluate.report import loss_curve
 from trainer.evaluate.score import score
 from trainer.model.loss import PackedLoss
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import answer, measure_loss
+from trainer.samples import SplitInfo
 from trainer.train.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -42,7 +46,7 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
     if found is not None:
         there = found.manifest.world_size
         moved = f", which {there} rank(s) wrote" if there != job.ranks.world_size else ""
-        say(f"continuing after step {state.step} of {source.num_steps} from {found.path.name}{moved}")
+        job.say(f"continuing after step {state.step} of {source.num_steps} from {found.path.name}{moved}")
     metrics = MetricsFile(job.folder.metrics_jsonl)
     if job.ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
@@ -51,9 +55,11 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
             validate=partial(validate, job, strategy, loss) if job.prepared.validation else None,
             save=partial(save_and_retain, job, strategy, metrics, set[int]()),
             record=partial(record_step, job, metrics, bar),
-            warn=warn,
+            warn=job.warn,
         )
         state = train(strategy, source, settings, hooks, state, job.stop)
+    if job.ranks.is_first:
+        loss_curve(job.folder.metrics_jsonl, job.folder.curve_png, title=job.plan.name)
     return training_summary(state)
 
 
@@ -72,8 +78,20 @@ def training_batches(job: Job) -> TrainingBatches:
         world_size=job.plan.world_size,
         accumulation=job.plan.accumulation,
     )
-    ranks, pad = job.ranks, job.prepared.pad_token_id
-    return TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=pad)
+    return TrainingBatches(
+        arena,
+        plan,
+        rank=job.ranks.rank,
+        device=job.ranks.device,
+        pad_token_id=job.prepared.pad_token_id,
+        origin_of=lambda document: origin_of(job.prepared.train, document),
+    )
+
+
+def origin_of(split: SplitInfo, document: int) -> str:
+    """File and row of a document of the training arena. Reads a file: for messages only."""
+    origins = origins_path(Path(split.arena).parent, "train").read_text("utf-8").splitlines()
+    return origins[document]
 
 
 def loop_settings(job: Job, steps: int) -> Settings:
@@ -128,7 +146,7 @@ def record_step(
     metrics.append(record, figures)
     words = [f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tokens/s"]
     if figures:
-        say(f"step {record.step}: " + ", ".join(f"val_{name} {value:.4f}" for name, value in figures.items()))
+        job.say(f"step {record.step}: " + ", ".join(f"val_{name} {value:.4f}" for name, value in figures.items()))
     bar.update(record.step, ", ".join(words))
 
 
@@ -149,7 +167,9 @@ def training_summary(state: TrainState) -> Summary:
 
 def newest_checkpoint(job: Job) -> Checkpoint | None:
     """Where training goes on."""
-    return find_resumable(job.folder.checkpoints, identity=job.plan.identity, base=job.prepared.base.sha256, warn=warn)
+    return find_resumable(
+        job.folder.checkpoints, identity=job.plan.identity, base=job.prepared.base.sha256, warn=job.warn
+    )
 
 
 def best_checkpoint(job: Job) -> Checkpoint:
