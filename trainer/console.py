@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -295,27 +295,45 @@ class Relay:
 def run_and_report(main: Callable[[], int | None], *, logs: str = "") -> int:
     """Call ``main`` and turn whatever comes of it into printed words and an exit code (``errors.py``).
 
-    Every entry point ends with ``sys.exit(run_and_report(main))``. Errors raised on purpose are printed without a
-    traceback; a full disk too, as a ``RunError``. Anything else is a defect: its traceback is printed, with ``logs``
-    (where the logs are) after it.
+    Every entry point but a rank's ends with ``sys.exit(run_and_report(main))``. Errors raised on purpose are printed
+    without a traceback; a full disk too, as a ``RunError``. Anything else is a defect: its traceback is printed, with
+    ``logs`` (where the logs are) after it.
     """
+    return _run(main, logs)[0]
+
+
+def run_and_leave(main: Callable[[], int | None], *, logs: str = "") -> NoReturn:
+    """As ``run_and_report``, and then end this process at once: what a rank ends with.
+
+    An exception keeps alive what its frames hold, the model in its DDP wrapper too. Released after the process group
+    was left, that wrapper is the last to hold gloo's group; the group's destructor waits for a thread of its own, which
+    waits for the interpreter's lock, which the destructor's thread holds: the rank never ends. So nothing is released.
+    """
+    code, _kept_alive = _run(main, logs)
+    _flush(sys.stdout)
+    _flush(sys.stderr)
+    os._exit(code)
+
+
+def _run(main: Callable[[], int | None], logs: str) -> tuple[int, BaseException | None]:
+    """The exit code, and the exception that led to it."""
     try:
         code = main()
     except StoppedInGoodOrder as stop:
         say(str(stop))
-        return stop.exit_code
+        return stop.exit_code, stop
     except TrimtabError as fault:
         error(fault)
-        return fault.exit_code
-    except KeyboardInterrupt:
+        return fault.exit_code, fault
+    except KeyboardInterrupt as interrupt:
         say("interrupted")
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, interrupt
     except OSError as fault:
-        return _report_os_error(fault, logs)
-    except Exception:
-        return _report_defect(logs)
+        return _report_os_error(fault, logs), fault
+    except Exception as fault:
+        return _report_defect(logs), fault
     _flush(sys.stdout)
-    return EXIT_DONE if code is None else code
+    return EXIT_DONE if code is None else code, None
 
 
 def _report_os_error(fault: OSError, logs: str) -> int:

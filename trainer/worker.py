@@ -5,11 +5,11 @@ WORLD_SIZE, so torchrun and ``accelerate launch`` start it as well. A stage whos
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from trainer.console import run_and_report
+from trainer.console import run_and_leave
 from trainer.distributed import make_strategy, start_ranks
 from trainer.fingerprint import digest
 from trainer.markers import is_current
@@ -24,14 +24,14 @@ from trainer.train.checkpoint import load
 from trainer.train.guard import StopFlag
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Do the stages that are asked for and not done; the exit codes are those of ``errors.py``."""
     parser = argparse.ArgumentParser(prog="python -m trainer.worker", description="One rank of a prepared run.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stages", default=",".join(STAGES), help="comma separated, default: %(default)s")
     arguments = parser.parse_args()
     folder = RunFolder(arguments.run_dir.resolve())
-    return run_and_report(lambda: work(folder, arguments.stages.split(",")), logs=str(folder.logs))
+    run_and_leave(lambda: work(folder, arguments.stages.split(",")), logs=str(folder.logs))
 
 
 def work(folder: RunFolder, stages: Sequence[str]) -> None:
@@ -86,4 +86,4 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

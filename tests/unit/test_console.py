@@ -242,6 +242,31 @@ def test_a_main_without_fault_decides_the_code(result: int | None, code: int) ->
     assert console.run_and_report(lambda: result) == code
 
 
+LEAVING = """
+from trainer import console
+from trainer.errors import StoppedInGoodOrder
+
+class Held:
+    def __del__(self):
+        print("released")
+
+def main():
+    held = Held()
+    raise StoppedInGoodOrder("saved")
+
+console.run_and_leave(main)
+print("came back")
+"""
+
+
+def test_a_rank_leaves_without_releasing_anything() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], capture_output=True, text=True, cwd=CHECKOUT, check=False, timeout=60
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (75, "saved\n", "")
+
+
 NOBODY_READS = """
 import sys
 from trainer import console
