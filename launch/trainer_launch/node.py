@@ -7,8 +7,9 @@ publishing a checkpoint. What happens here instead:
   a rank sees it exactly once. Children of a rank never see it.
 - SIGTERM, SIGINT and SIGUSR1 are forwarded as they are, SIGHUP (the terminal went away) as SIGTERM; one that this
   process was told to ignore (nohup) stays ignored. A SIGINT after any of them ends all ranks at once.
-- Ranks that end with 0 or 75 wait for the others as long as it takes: one of them may be publishing. When a rank fails,
-  the others get SIGTERM a moment later and SIGKILL 30 s after the failure.
+- Ranks that end with 0 or 75 wait for the first one as long as it takes: it publishes. Once that one has ended so, the
+  others have 30 s, and then are killed with a warning. When a rank fails, the others get SIGTERM a moment later and
+  SIGKILL 30 s after the failure.
 - The first rank that failed is the cause, unless all it says is that it lost a peer and another failed by itself too.
 - All output of a rank goes to its log; that of the first rank is passed on line by line as well.
 - When this process is killed, the kernel ends the ranks (``leash.py``).
@@ -153,6 +154,7 @@ class _Supervisor:
         self._at_once = False
         self._ask_at: float | None = None
         self._kill_at: float | None = None
+        self._linger_until: float | None = None
 
     def run(self) -> NodeResult:
         heeded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup, ``&``
@@ -179,7 +181,7 @@ class _Supervisor:
         self._events.put(_Signal(signal.Signals(number)))  # SimpleQueue.put may be called from a signal handler
 
     def _next_event(self) -> _Event | None:
-        deadlines = [at for at in (self._ask_at, self._kill_at) if at is not None]
+        deadlines = [at for at in (self._ask_at, self._kill_at, self._linger_until) if at is not None]
         try:
             if not deadlines:
                 return self._events.get()
@@ -213,6 +215,8 @@ class _Supervisor:
         if _failed(running.code) and not running.was_ended and self._kill_at is None:
             now = time.monotonic()
             self._ask_at, self._kill_at = now + min(SETTLE_SECONDS, self._grace / 4), now + self._grace
+        elif running is self._running[0] and not _failed(running.code):
+            self._linger_until = time.monotonic() + self._grace
 
     def _enforce(self) -> None:
         now = time.monotonic()
@@ -221,6 +225,12 @@ class _Supervisor:
             self._end_all(signal.SIGTERM)
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
+            self._end_all(signal.SIGKILL)
+        if self._linger_until is not None and now >= self._linger_until:
+            self._linger_until = None
+            for running in self._alive():
+                first = self._running[0].child.name
+                self._on_line(f"warning: {running.child.name} did not end {self._grace:.0f} s after {first}; ended it")
             self._end_all(signal.SIGKILL)
 
     def _alive(self) -> list[_Running]:

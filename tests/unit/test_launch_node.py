@@ -71,6 +71,16 @@ def test_a_rank_that_ended_well_waits_for_the_one_that_publishes(tmp_path: Path)
     assert lines.seen == ["published"]
 
 
+def test_one_that_hangs_after_all_is_published_is_ended_with_a_warning(tmp_path: Path) -> None:
+    ranks = stand_in(tmp_path, "meet()\nif rank == 0: sys.exit(75)\nforever()")
+    lines = Lines()
+
+    result = supervised(ranks, lines, grace=0.2)
+
+    assert result == NodeResult(exit_code=75, cause="stopped in good order")
+    assert lines.seen == ["warning: rank 1 did not end 0 s after rank 0; ended it"]
+
+
 def test_first_cause_names_rank_reason_and_log(tmp_path: Path) -> None:
     ranks = stand_in(tmp_path, "if rank == 1: raise RuntimeError('boom on rank 1')\nforever()")
 
