@@ -13,6 +13,7 @@ from trainer.export.inference import (
     answer_log_probs,
     golden_prompts,
     load_plain_tokenizer,
+    openings,
     probe_template,
     read_inference,
     template_sha256,
@@ -111,3 +112,12 @@ def test_damaged_and_foreign_files_are_refused(base: Path, tmp_path: Path):
     write_serving_files(tmp_path, tokenizer=base, inference=inference)
     with pytest.raises(RunError, match="got: format 99"):
         read_inference(tmp_path)
+
+
+def test_plain_texts_are_asked_by_their_openings():
+    found = openings([list(range(100)), [], [7], [1, 2, 3]])
+    assert [(one.id, one.prompt_ids) for one in found] == [
+        ("document 1", list(range(32))),
+        ("document 3", [7]),
+        ("document 4", [1]),
+    ]

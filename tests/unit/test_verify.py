@@ -257,6 +257,16 @@ def test_the_summary_is_flat(made: Made):
     assert "merged_base_difference" not in summary([found])
 
 
+def test_it_says_whether_it_could_have_seen_a_lost_adapter(made: Made, monkeypatch):
+    found = verify_adapter(made.root / "export" / "adapter", made.base, CPU)
+    assert found.tells_apart
+    assert found.base_mean is not None
+    by_mean = dataclasses.replace(found, base_difference=0.0, base_mean=found.tolerance)
+    assert by_mean.tells_apart
+    assert not dataclasses.replace(found, base_difference=0.0, base_mean=0.0).tells_apart
+    assert not verify_merged(made.root / "export" / "merged", CPU).tells_apart
+
+
 def test_a_missing_export_is_refused(made: Made, tmp_path: Path):
     with pytest.raises(RunError, match="there is no such export"):
         verify_run(RunFolder(tmp_path), base_directory=made.base, adapter=True, merged=False, device=CPU)

@@ -135,6 +135,15 @@ def golden_prompts(
     return golden
 
 
+def openings(documents: Sequence[Sequence[int]]) -> list[EvaluationExample]:
+    """Prompts for a model of plain texts, which has no questions: the first half of each, at most 32 tokens."""
+    return [
+        EvaluationExample(id=f"document {number}", prompt_ids=list(ids[: max(1, min(32, len(ids) // 2))]), answer="")
+        for number, ids in enumerate(documents, 1)
+        if len(ids)
+    ]
+
+
 def answer_log_probs(
     model: nn.Module, prompt_ids: Sequence[int], answer_ids: Sequence[int], device: torch.device
 ) -> torch.Tensor:

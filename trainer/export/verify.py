@@ -65,8 +65,8 @@ class Comparison:
     """One folder against the trained model.
 
     ``difference``, ``mean``: largest and mean difference of a log-probability; ``near_ties``: answers that differ
-    from a pair of tokens on whose log-probabilities are closer than the tolerance; ``base_difference``: the same as
-    ``difference`` for the base without the adapter (None where it was not measured).
+    from a pair of tokens on whose log-probabilities are closer than the tolerance; ``base_difference`` and
+    ``base_mean``: the same two for the base without the adapter (None where it was not measured).
     """
 
     name: str
@@ -78,6 +78,14 @@ class Comparison:
     mean: float
     tolerance: float
     base_difference: float | None
+    base_mean: float | None
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the base alone would have been refused. False also where it was not measured."""
+        if self.base_difference is None or self.base_mean is None:
+            return False
+        return self.base_difference > self.tolerance or self.base_mean > self.tolerance * MEAN_SHARE
 
 
 def verify_adapter(
@@ -99,8 +107,8 @@ def verify_adapter(
         model = PeftModel.from_pretrained(base, str(folder)).eval()
     _check_adapter_loaded(cast(PeftModel, model), folder)
     with cast(PeftModel, model).disable_adapter():
-        without = max(part.max().item() for part in _differences(model, inference.golden, device))
-    return _compare("adapter", folder, model, inference, device, base_difference=without)
+        without = _differences(model, inference.golden, device)
+    return _compare("adapter", folder, model, inference, device, without=without)
 
 
 def verify_merged(folder: Path, device: torch.device, *, trust_remote_code: bool = False) -> Comparison:
@@ -200,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
         say(describe(comparison))
         if comparison.stopped == 0:
             warn(f"{comparison.name}: no golden answer ends with a stop token; all are cut off at task.max_new_tokens")
-        if comparison.base_difference is not None and comparison.base_difference <= comparison.tolerance:
+        if comparison.base_difference is not None and not comparison.tells_apart:
             note("the base model alone lies within the tolerance: training changed too little for this check to see")
     write_marker(
         folder,
@@ -237,12 +245,13 @@ def _compare(
     model: torch.nn.Module,
     inference: Inference,
     device: torch.device,
-    base_difference: float | None = None,
+    without: Sequence[torch.Tensor] = (),
 ) -> Comparison:
     """Log-probabilities first (they say how far off), then greedy answers."""
     tolerance = TOLERANCE[inference.dtype]
     differences = _differences(model, inference.golden, device)
-    worst, mean = max(part.max().item() for part in differences), torch.cat(differences).mean().item()
+    worst, mean = _worst_and_mean(differences)
+    base_worst, base_mean = _worst_and_mean(without) if without else (None, None)
     if worst > tolerance or mean > tolerance * MEAN_SHARE:
         where = max(range(len(differences)), key=lambda row: differences[row].max().item())
         raise _differs(
@@ -265,7 +274,8 @@ def _compare(
         difference=worst,
         mean=mean,
         tolerance=tolerance,
-        base_difference=base_difference,
+        base_difference=base_worst,
+        base_mean=base_mean,
     )
 
 
@@ -277,6 +287,11 @@ def _differences(model: torch.nn.Module, golden: Sequence[GoldenPrompt], device:
         off = now.gather(1, torch.tensor(prompt.top_ids)) - torch.tensor(prompt.top_log_probs)
         found.append(off.abs().nan_to_num(nan=math.inf).flatten())
     return found
+
+
+def _worst_and_mean(differences: Sequence[torch.Tensor]) -> tuple[float, float]:
+    together = torch.cat(list(differences))
+    return together.max().item(), together.mean().item()
 
 
 def _greedy(model: torch.nn.Module, folder: Path, golden: GoldenPrompt, device: torch.device) -> list[int]:
