@@ -200,7 +200,7 @@ class OptimConfig:
     epochs: Positive = 1.0
     """Passes over the training rows; fractions are allowed."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps; the schedule is stretched over them."""
+    """Train exactly this many optimizer steps, however many passes that takes; ``optim.epochs`` does not count then."""
     batch_packs: Count | None = None
     """Global batch in packs per optimizer step over all ranks. Give this or ``optim.batch_tokens``; neither: 8."""
     batch_tokens: Count | None = None

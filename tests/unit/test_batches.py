@@ -134,3 +134,10 @@ def test_a_schedule_that_cannot_be_is_a_data_error(arena: TokenArena) -> None:
         schedule_for(arena, world_size=1, packs=1000, epochs=1.0, max_steps=None)
     assert fault.value.exit_code == 2
     assert "at least 1000" in fault.value.problems[0].allowed
+
+
+def test_max_steps_takes_as_many_passes_as_it_needs(arena: TokenArena) -> None:
+    """As users of other trainers expect: the number of steps wins over the number of epochs, in both directions."""
+    one_pass = schedule_for(arena, world_size=1, packs=2, epochs=1.0, max_steps=None).num_steps
+    for wanted in (1, one_pass + 1, 5 * one_pass):
+        assert schedule_for(arena, world_size=1, packs=2, epochs=1.0, max_steps=wanted).num_steps == wanted

@@ -7,6 +7,7 @@ shuffled here: a micro-batch is collated when it is asked for, which takes a fra
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ def training_schedule(
         max_documents: most documents in a pack.
         seed: of the order of documents.
         epochs: passes over the documents.
-        max_steps: end after so many optimizer steps.
+        max_steps: train exactly so many optimizer steps instead, however many passes that takes.
         world_size: ranks.
         accumulation: packs per rank and step; the global batch is ``world_size * accumulation`` packs.
 
@@ -59,11 +60,16 @@ def training_schedule(
         return pack(lengths, capacity, algorithm=algorithm, seed=seed, epoch=epoch, max_docs=max_documents)
 
     try:
+        if max_steps is not None:
+            # One pass more than the first one's packs say: other passes may need a pack less for the same documents.
+            epochs = ceil(max_steps * world_size * accumulation / len(packs(0))) + 1
         return schedule(
             packs, targets, epochs=epochs, world_size=world_size, accumulation=accumulation, max_steps=max_steps
         )
     except PackingError as fault:
-        raise DataError(fault.what, got=fault.got, allowed=fault.allowed, do=fault.do) from fault
+        raise DataError(
+            fault.what, where="optim.batch_packs, packing", got=fault.got, allowed=fault.allowed, do=fault.do
+        ) from fault
 
 
 @dataclass(frozen=True, slots=True, eq=False)
