@@ -3,15 +3,17 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from export_fixtures import base_folder, inference_of, tuned_lora, write_run
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.config import Config, DataConfig, MethodConfig, RunConfig, TaskConfig
 from trainer.errors import RunError
 from trainer.export.card import main, render_card, write_cards
+from trainer.export.comparison import Comparison
 from trainer.export.lineage import (
     CodeRecord,
     DataRecord,
@@ -50,6 +52,27 @@ def evaluation(exact: float, **more: float) -> EvaluationRecord:
         targets=900,
         seconds=36.0,
     )
+
+
+def header_of(text: str) -> ModelCardData:
+    """The YAML header as the Hub's own library reads it."""
+    return cast(ModelCardData, ModelCard(text).data)
+
+
+def comparison(name: str, **changes: object) -> Comparison:
+    parts: dict[str, object] = {
+        "name": name,
+        "prompts": 8,
+        "equal": 8,
+        "near_ties": 0,
+        "stopped": 8,
+        "difference": 0.01,
+        "mean": 0.001,
+        "tolerance": 0.5,
+        "base_difference": 3.0,
+        "base_mean": 1.0,
+    }
+    return Comparison(**(parts | changes))  # type: ignore[arg-type]
 
 
 def lineage(**changes: object) -> Lineage:
@@ -113,23 +136,11 @@ def lineage(**changes: object) -> Lineage:
         "evaluations": {"zero_shot": evaluation(0.0, valid_labels=0.0), "tuned": evaluation(0.7672)},
         "stages": {
             "train": StageRecord(seconds=193.4, finished="2026-05-01T13:00:00+00:00", summary={}),
-            "verify": StageRecord(
-                seconds=9.0,
-                finished="2026-05-01T13:10:00+00:00",
-                summary={
-                    "adapter_prompts": 8,
-                    "adapter_equal": 8,
-                    "adapter_near_ties": 0,
-                    "adapter_difference": 0.0213,
-                    "adapter_tolerance": 0.5,
-                    "merged_prompts": 8,
-                    "merged_equal": 7,
-                    "merged_near_ties": 1,
-                    "merged_difference": 0.0412,
-                    "merged_tolerance": 0.5,
-                },
-            ),
         },
+        "verification": [
+            comparison("adapter", equal=8, difference=0.0213),
+            comparison("merged", equal=7, near_ties=1, difference=0.0412),
+        ],
         "exports": {
             "adapter": {"adapter_model.safetensors": FileRecord(size=4_900_000, sha256="a" * 64)},
             "merged": {"model.safetensors": FileRecord(size=269_000_000, sha256="c" * 64)},
@@ -164,7 +175,7 @@ def test_the_card_is_as_recorded(kind, request: pytest.FixtureRequest):
     ("kind", "relation", "library"), [("adapter", "adapter", "peft"), ("merged", "finetune", "transformers")]
 )
 def test_the_hub_reads_its_header(kind, relation, library):
-    parsed = ModelCard(render_card(lineage(), kind)).data
+    parsed = header_of(render_card(lineage(), kind))
     assert parsed.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (parsed.base_model_relation, parsed.library_name, parsed.license) == (relation, library, "apache-2.0")
     assert parsed.metrics == ["exact_match", "accuracy", "f1"]
@@ -204,12 +215,12 @@ def test_a_hub_base_is_named_with_its_commit():
     assert 'from_pretrained("org/base-1b", revision="c0ffee", dtype="bfloat16")' in text
     assert "# base-1b, tuned: legal\\_lora" in text or "# base-1b, tuned: legal_lora" in text
     assert "Base model: its folder states none." in text
-    assert ModelCard(text).data.base_model == "org/base-1b"
+    assert header_of(text).base_model == "org/base-1b"
 
 
 def test_a_folder_as_base_is_not_a_hub_id():
     base = dataclasses.replace(lineage().base, name="my-model", directory="/data/my-model")
-    parsed = ModelCard(render_card(lineage(base=base), "merged")).data
+    parsed = header_of(render_card(lineage(base=base), "merged"))
     assert parsed.base_model is None
 
 
@@ -217,18 +228,18 @@ def test_hub_datasets_are_listed():
     source = SourceInfo(name="org/rows", location="hub:org/rows/subset:train", sha256="d" * 64, rows=5)
     data = dataclasses.replace(lineage().data, sources=[source, source])
     text = render_card(lineage(data=data), "run")
-    assert ModelCard(text).data.datasets == ["org/rows"]
+    assert header_of(text).datasets == ["org/rows"]
     assert "Data `org/rows`: not stated." in text
 
 
 def test_full_fine_tuning_of_texts_without_test_or_export():
     config = dataclasses.replace(Config(), task=TaskConfig(name="text"), method=MethodConfig(name="full"))
-    text = render_card(lineage(config=config, evaluations={}, exports={}, stages={}), "run")
+    text = render_card(lineage(config=config, evaluations={}, exports={}, stages={}, verification=[]), "run")
     assert "Not measured: the run had no test rows." in text
     assert "Nothing was exported" in text
     assert "The export was not verified." in text
     assert "LoRA of rank" not in text
-    assert ModelCard(text).data.library_name == "transformers"
+    assert header_of(text).library_name == "transformers"
 
 
 def test_a_text_model_is_loaded_without_a_template():
@@ -236,6 +247,21 @@ def test_a_text_model_is_loaded_without_a_template():
     text = render_card(lineage(config=config), "merged")
     assert "apply_chat_template" not in text
     assert 'tokenizer("...", return_tensors="pt")' in text
+
+
+def test_a_lower_perplexity_is_the_better_one():
+    config = dataclasses.replace(Config(), task=TaskConfig(name="text"))
+    good, bad = (
+        EvaluationRecord(
+            task="text", rows=9, metrics={"perplexity": value}, by_slice={}, loss=2.0, targets=90, seconds=1.0
+        )
+        for value in (8.0, 12.0)
+    )
+    better = render_card(lineage(config=config, evaluations={"zero_shot": bad, "tuned": good}), "run")
+    assert "its perplexity per token is 8.000; that of the base model without tuning is 12.000." in better
+    assert "not better than the base model" not in better
+    worse = render_card(lineage(config=config, evaluations={"zero_shot": good, "tuned": bad}), "run")
+    assert "It is not better than the base model at perplexity per token on the test rows." in worse
 
 
 def test_markdown_from_data_is_escaped():

@@ -85,7 +85,7 @@ def test_written_and_read_again(base: Path, tmp_path: Path):
     assert template_sha256(tokenizer) == inference.chat_template_sha256 != ""
     assert inference.template_probe is not None
     assert inference.template_probe.turns[0] == ("system", "Be brief.")
-    text = tokenizer.decode(inference.template_probe.prompt_ids)
+    text = str(tokenizer.decode(inference.template_probe.prompt_ids))
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert text.endswith("<|im_start|>assistant\n")
 

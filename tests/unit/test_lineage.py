@@ -19,7 +19,9 @@ from trainer.export.lineage import (
     read_training,
     write_lineage,
 )
+from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder
+from trainer.plan import load_plan
 from trainer.samples import Prepared
 
 NOW = datetime(2026, 5, 1, 13, 30, tzinfo=UTC)
@@ -51,6 +53,19 @@ def test_what_the_stages_left(tmp_path: Path):
     assert lineage.training.best_validation_loss == 1.5
     assert (lineage.training.best_step, lineage.training.steps, lineage.training.tokens) == (2, 2, 200)
     assert lineage.training.tokens_per_second == 75.0
+
+
+def test_what_the_verification_found(tmp_path: Path):
+    assert collected(tmp_path).verification == []
+    folder = RunFolder(tmp_path)
+    figures = {"prompts": 8, "equal": 8, "near_ties": 0, "stopped": 8, "difference": 0.1, "mean": 0.0, "tolerance": 0.5}
+    found = [{"name": "merged", **figures, "base_difference": None, "base_mean": None}]
+    (folder.export / "verification.json").write_text(json.dumps(found))
+    write_marker(folder, Marker(stage="verify", inputs="v", seconds=1.0, finished=NOW.isoformat(), summary={}))
+    plan = load_plan(folder.plan_json.read_bytes())
+    lineage = collect_lineage(folder, plan, read(folder.prepared_json, Prepared), now=NOW)
+    assert [(one.name, one.equal) for one in lineage.verification] == [("merged", 8)]
+    assert list(lineage.stages) == ["train", "verify"]
 
 
 def test_round_trip(tmp_path: Path):

@@ -48,7 +48,7 @@ def near(picture: np.ndarray, colour: str) -> int:
 
 
 def test_the_picture_shows_training_validation_and_faults(tmp_path: Path):
-    plain = [{"loss": 3.0 - 0.1 * step} for step in range(20)]
+    plain: list[dict[str, object]] = [{"loss": 3.0 - 0.1 * step} for step in range(20)]
     loss_curve(record(tmp_path / "a.jsonl", *plain), tmp_path / "a.png", title="plain")
     plain[9] = {"loss": 2.1, "val_loss": 2.0}
     plain[19] = {"loss": 1.1, "val_loss": 1.2}

@@ -261,21 +261,15 @@ def licences(lineage: Lineage) -> str:
 
 def checks(lineage: Lineage) -> str:
     """What the fresh process found."""
-    stage = lineage.stages.get("verify")
-    if stage is None:
-        return "The export was not verified."
     found: list[str] = []
-    for name in lineage.exports:
-        figures, readers = stage.summary, "transformers and peft" if name == "adapter" else "transformers"
-        if f"{name}_prompts" in figures:
-            ties = f" ({figures[f'{name}_near_ties']} after a near tie)" if figures[f"{name}_near_ties"] else ""
-            equal, prompts = figures[f"{name}_equal"], figures[f"{name}_prompts"]
-            worst, allowed = float(figures[f"{name}_difference"]), float(figures[f"{name}_tolerance"])
-            found.append(
-                f"`{name}/`, loaded in a fresh process by plain {readers}: {equal} of {prompts} recorded answers equal "
-                f"token by token{ties}; log-probabilities differ by at most {worst:.3g} nats (allowed {allowed:g} in "
-                f"{lineage.dtype})."
-            )
+    for one in lineage.verification:
+        readers = "transformers and peft" if one.name == "adapter" else "transformers"
+        ties = f" ({one.near_ties} after a near tie)" if one.near_ties else ""
+        found.append(
+            f"`{one.name}/`, loaded in a fresh process by plain {readers}: {one.equal} of {one.prompts} recorded "
+            f"answers equal token by token{ties}; log-probabilities differ by at most {one.difference:.3g} nats (allowed "
+            f"{one.tolerance:g} in {lineage.dtype})."
+        )
     return bullets(found) if found else "The export was not verified."
 
 

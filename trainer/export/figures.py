@@ -17,6 +17,9 @@ METRICS = {
     "perplexity": "perplexity per token",
 }
 """In the order of the table."""
+MAIN = ("exact_match", "token_f1", "rougeL", "perplexity")
+"""What a model is summed up by: the first of these that was measured."""
+LOWER_IS_BETTER = ("perplexity",)
 HUB_METRIC = {
     "exact_match": "exact_match",
     "accuracy": "accuracy",
@@ -32,8 +35,13 @@ SHARES = ("exact_match", "accuracy", "valid_labels", "stopped")
 
 
 def main_metric(evaluation: EvaluationRecord | None) -> str | None:
-    """The first metric of the table that was measured."""
-    return None if evaluation is None else next((name for name in METRICS if name in evaluation.metrics), None)
+    """The figure that sums up ``evaluation``, if it was measured."""
+    return None if evaluation is None else next((name for name in MAIN if name in evaluation.metrics), None)
+
+
+def is_better(name: str, after: float, before: float) -> bool:
+    """Whether ``after`` improves on ``before``."""
+    return after < before if name in LOWER_IS_BETTER else after > before
 
 
 def figure(name: str, evaluation: EvaluationRecord) -> str:

@@ -1,6 +1,6 @@
 """What is known to be weak about a model, derived from the figures of its run: no sentence without a reason in them."""
 
-from trainer.export.figures import METRICS, main_metric
+from trainer.export.figures import LOWER_IS_BETTER, METRICS, is_better, main_metric
 from trainer.export.lineage import EvaluationRecord, Lineage
 from trainer.export.markdown import escape
 
@@ -38,7 +38,7 @@ def weaknesses(lineage: Lineage, tuned: EvaluationRecord) -> list[str]:
     """What the test says against it."""
     found: list[str] = []
     name, before = main_metric(tuned), lineage.evaluations.get("zero_shot")
-    if name and before is not None and tuned.metrics[name] <= before.metrics.get(name, -1.0):
+    if name and before and name in before.metrics and not is_better(name, tuned.metrics[name], before.metrics[name]):
         found.append(f"It is not better than the base model at {METRICS[name]} on the test rows.")
     if tuned.metrics.get("valid_labels", 1.0) < 1.0:
         share = 1.0 - tuned.metrics["valid_labels"]
@@ -63,5 +63,5 @@ def worst_slice(evaluation: EvaluationRecord, name: str) -> tuple[str, str, int,
     ]
     if not candidates:
         return None
-    score, column, value, rows = min(candidates)
+    score, column, value, rows = max(candidates) if name in LOWER_IS_BETTER else min(candidates)
     return column, value, rows, score

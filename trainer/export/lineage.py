@@ -15,6 +15,7 @@ import msgspec
 
 from trainer.config import Config
 from trainer.errors import RunError
+from trainer.export.comparison import VERIFICATION, Comparison
 from trainer.fingerprint import file_digest
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder, write_atomic
@@ -124,7 +125,10 @@ class EnvironmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """``lineage.json``. ``created``: ISO 8601, UTC; ``exports``: folder name -> file name -> what it is."""
+    """``lineage.json``. ``created``: ISO 8601, UTC; ``exports``: folder name -> file name -> what it is.
+
+    ``verification`` is empty for an export that was not verified.
+    """
 
     format: int
     created: str
@@ -141,6 +145,7 @@ class Lineage:
     evaluations: dict[str, EvaluationRecord]
     stages: dict[str, StageRecord]
     exports: dict[str, dict[str, FileRecord]]
+    verification: list[Comparison]
     environment: EnvironmentRecord
     config: Config
 
@@ -151,6 +156,7 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
     Raises:
         RunError: a file that a finished run has is missing or damaged.
     """
+    verification = folder.export / VERIFICATION
     exports = [path for path in (folder.adapter, folder.merged) if path.is_dir()]
     return Lineage(
         format=FORMAT,
@@ -168,6 +174,7 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
         evaluations={path.stem: read(path, EvaluationRecord) for path in sorted(folder.evaluation.glob("*.json"))},
         stages=_stages(folder),
         exports={path.name: describe_files(path) for path in exports},
+        verification=read(verification, list[Comparison]) if read_marker(folder, "verify") else [],
         environment=read(folder.env_json, EnvironmentRecord),
         config=plan.config,
     )

@@ -22,7 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.console import note, run_and_report, say, warn
 from trainer.errors import RunError, TrainingFault
+from trainer.export.comparison import MEAN_SHARE, VERIFICATION, Comparison, describe
 from trainer.export.inference import (
     GoldenPrompt,
     Inference,
@@ -46,7 +46,7 @@ from trainer.export.inference import (
     template_sha256,
 )
 from trainer.markers import Marker, write_marker
-from trainer.paths import RunFolder
+from trainer.paths import RunFolder, write_atomic
 from trainer.plan import load_plan, stage_inputs
 from trainer.samples import Prepared
 
@@ -56,36 +56,6 @@ TOLERANCE: dict[str, float] = {"float32": 0.002, "bfloat16": 0.5, "float16": 0.1
 Measured on SmolLM2-135M with LoRA on CPU: bfloat16 at most 0.25, mean 0.05 (logits near 20 are multiples of 0.125
 there); float32 0.00002. A lost or wrongly scaled adapter differs by several nats once it has learnt anything.
 """
-MEAN_SHARE = 0.2
-"""The mean difference may be this share of the largest allowed one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One folder against the trained model.
-
-    ``difference``, ``mean``: largest and mean difference of a log-probability; ``near_ties``: answers that differ
-    from a pair of tokens on whose log-probabilities are closer than the tolerance; ``base_difference`` and
-    ``base_mean``: the same two for the base without the adapter (None where it was not measured).
-    """
-
-    name: str
-    prompts: int
-    equal: int
-    near_ties: int
-    stopped: int
-    difference: float
-    mean: float
-    tolerance: float
-    base_difference: float | None
-    base_mean: float | None
-
-    @property
-    def tells_apart(self) -> bool:
-        """Whether the base alone would have been refused. False also where it was not measured."""
-        if self.base_difference is None or self.base_mean is None:
-            return False
-        return self.base_difference > self.tolerance or self.base_mean > self.tolerance * MEAN_SHARE
 
 
 def verify_adapter(
@@ -173,19 +143,6 @@ def verify_run(
     return comparisons
 
 
-def describe(comparison: Comparison) -> str:
-    """One line for people."""
-    control = ""
-    if comparison.base_difference is not None:
-        control = f"; base without it {comparison.base_difference:.3g}"
-    ties = f", {comparison.near_ties} after a near tie" if comparison.near_ties else ""
-    return (
-        f"{comparison.name}: {comparison.equal} of {comparison.prompts} golden answers equal{ties}, "
-        f"{comparison.stopped} stop by themselves; log-probabilities differ by at most {comparison.difference:.3g} "
-        f"(mean {comparison.mean:.2g}, allowed {comparison.tolerance:g}{control})"
-    )
-
-
 def main(arguments: Sequence[str]) -> int:
     """Verify the run in the folder that is the only argument, and write its marker."""
     if len(arguments) != 1:
@@ -210,6 +167,8 @@ def main(arguments: Sequence[str]) -> int:
             warn(f"{comparison.name}: no golden answer ends with a stop token; all are cut off at task.max_new_tokens")
         if comparison.base_difference is not None and not comparison.tells_apart:
             note("the base model alone lies within the tolerance: training changed too little for this check to see")
+    encoded = msgspec.json.format(msgspec.json.encode(comparisons), indent=2)
+    write_atomic(folder.export / VERIFICATION, encoded + b"\n")
     write_marker(
         folder,
         Marker(
@@ -224,19 +183,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(comparisons: Sequence[Comparison]) -> dict[str, float | int | str]:
-    """What the marker and the card keep, flat: ``adapter_equal``, ``merged_difference``, ..."""
-    kept: dict[str, float | int | str] = {}
-    for one in comparisons:
-        kept[f"{one.name}_prompts"] = one.prompts
-        kept[f"{one.name}_equal"] = one.equal
-        kept[f"{one.name}_near_ties"] = one.near_ties
-        kept[f"{one.name}_stopped"] = one.stopped
-        kept[f"{one.name}_difference"] = one.difference
-        kept[f"{one.name}_mean_difference"] = one.mean
-        kept[f"{one.name}_tolerance"] = one.tolerance
-        if one.base_difference is not None:
-            kept[f"{one.name}_base_difference"] = one.base_difference
-    return kept
+    """For the closing table: ``adapter``: "8 of 8 answers equal"."""
+    return {one.name: f"{one.equal} of {one.prompts} answers equal" for one in comparisons}
 
 
 def _compare(
