@@ -177,7 +177,7 @@ def test_the_card_is_as_recorded(kind, request: pytest.FixtureRequest):
 def test_the_hub_reads_its_header(kind, relation, library):
     parsed = header_of(render_card(lineage(), kind))
     assert parsed.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (parsed.base_model_relation, parsed.library_name, parsed.license) == (relation, library, "apache-2.0")
+    assert (parsed.get("base_model_relation"), parsed.library_name, parsed.license) == (relation, library, "apache-2.0")
     assert parsed.metrics == ["exact_match", "accuracy", "f1"]
     results = {(result.metric_type, result.metric_value) for result in parsed.eval_results or []}
     assert results == {("exact_match", 0.7672), ("accuracy", 0.7672), ("f1", 0.69048)}

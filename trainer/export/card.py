@@ -267,8 +267,8 @@ def checks(lineage: Lineage) -> str:
         ties = f" ({one.near_ties} after a near tie)" if one.near_ties else ""
         found.append(
             f"`{one.name}/`, loaded in a fresh process by plain {readers}: {one.equal} of {one.prompts} recorded "
-            f"answers equal token by token{ties}; log-probabilities differ by at most {one.difference:.3g} nats (allowed "
-            f"{one.tolerance:g} in {lineage.dtype})."
+            f"answers equal token by token{ties}; log-probabilities differ by at most {one.difference:.3g} nats "
+            f"(allowed {one.tolerance:g} in {lineage.dtype})."
         )
     return bullets(found) if found else "The export was not verified."
 
