@@ -111,11 +111,11 @@ def _one_process(job: Job, stage: str, module: str) -> int:
 
 def _ranks(job: Job, stages: list[str]) -> int:
     spec = launch_spec(job, stages)
-    by_hand = write_hand_files(spec, job.folder.launch, device=job.plan.device)
+    by_hand = job.folder.launch / "by_hand.txt"
+    lines = write_hand_files(spec, job.folder.launch, device=job.plan.device)
+    by_hand.write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.note(f"{spec.world_size} rank(s) on {job.plan.device}: {', '.join(stages)}")
-    console.note("the same by hand, with torchrun or accelerate:")
-    for line in by_hand:
-        console.note(f"  {line}")
+    console.note(f"the same ranks by hand, with torchrun or accelerate: the lines are in {by_hand}")
     if not can_leash():
         console.warn("on this system the ranks go on by themselves should this process be killed with SIGKILL")
     with console.Relay() as show:
