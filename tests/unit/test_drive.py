@@ -173,9 +173,11 @@ def test_the_files_to_start_by_hand_are_written_and_shown(driver: Driven, capsys
     do(driver, "run")
 
     assert (run_of(driver).launch / "accelerate.yaml").read_text().startswith("compute_environment")
-    printed = capsys.readouterr().out
-    assert "-m torch.distributed.run" in printed
-    assert "-m accelerate.commands.launch" in printed
+    lines = run_of(driver).launch / "by_hand.txt"
+    torchrun, accelerate = lines.read_text().splitlines()
+    assert "-m torch.distributed.run" in torchrun
+    assert "-m accelerate.commands.launch" in accelerate
+    assert str(lines) in capsys.readouterr().out
 
 
 # -- single verbs --------------------------------------------------------------------------------------------------
