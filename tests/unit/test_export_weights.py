@@ -226,6 +226,23 @@ def test_a_model_equal_to_its_base_is_refused(base: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensors_of_another_base_are_not_published(base: Path, tmp_path: Path):
+    tensors = load_file(base / "model.safetensors")
+    other = stored(tmp_path / "other", tensors | {"model.norm.weight": torch.zeros(7)})
+    model = tuned_full(base)
+    with pytest.raises(TrainingFault, match="the exported tensors are not those of the base model"):
+        export_merged(
+            model,
+            tmp_path / "export" / "merged",
+            tokenizer=base,
+            inference=inference_of(model, base),
+            base_directory=other,
+            dtype=torch.float32,
+            max_shard_gb=5.0,
+        )
+    assert list((tmp_path / "export").iterdir()) == []
+
+
 def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
