@@ -1,7 +1,6 @@
 """Checkpoints: published whole or not at all, verified before they are believed, kept by rules."""
 
 import json
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -377,10 +376,7 @@ def test_a_disk_that_is_full_during_training(tmp_path: Path) -> None:
     make_arena(tmp_path / "validation", documents=8, seed=9)
     run = Run(folder=str(tmp_path), max_steps=6, validate_every=2)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    ((code, output),) = run_ranks(run, limit=limit)
+    ((code, output),) = run_ranks(run, file_limit=200_000)
     assert code == 2, output
     assert "a checkpoint could not be written" in output
     assert "Traceback" not in output

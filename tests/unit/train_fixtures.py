@@ -1,24 +1,27 @@
 """A training run small enough for a test: a random Llama of 64 x 2, an arena of random documents, our own loop.
 
-It is also a program, ``python train_fixtures.py '{"folder": ..., ...}'``, because a run that is really killed has to be
-a process, and two ranks have to be two.
+A run that is really killed has to be a process, and two ranks have to be two: ``run_ranks`` starts them.
 """
 
 import json
 import os
+import resource
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainer.console import run_and_report
 from trainer.data.batches import TrainingBatches, held_out_batches, training_schedule
 from trainer.distributed import Ranks, Strategy, make_strategy, start_ranks
 from trainer.evaluate.loss import held_out_loss
@@ -231,63 +234,69 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(run: Run, *, limit: Callable[[], None] | None = None) -> list[subprocess.Popen[str]]:
-    """Start the ranks of ``run`` as processes, with torchrun's variables. ``limit`` runs in each before Python."""
-    checkout = Path(__file__).resolve().parents[2]
-    paths = os.pathsep.join(str(checkout / part) for part in (".", "kernels", "launch"))
-    common = dict(os.environ) | {  # noqa: TID251  (a new process needs one)
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    if run.world_size > 1:
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.world_size)}
-    processes: list[subprocess.Popen[str]] = []
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A started rank and the file that has its output."""
+
+    process: BaseProcess
+    log: Path
+
+
+def start(run: Run, *, file_limit: int = 0) -> list[Rank]:
+    """Start the ranks of ``run``, each a process of its own with torchrun's variables.
+
+    They are forked from a server that has imported torch and transformers once; nothing was computed in it.
+    ``file_limit``: largest file in bytes that they may write, 0: any.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train_fixtures"])
+    # Python 3.11's server does not get our sys.path, and what it cannot import it leaves out without a word.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # noqa: TID251
+        forkserver.ensure_running()
+    started: list[Rank] = []
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.world_size)}
     for rank in range(run.world_size):
-        named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if run.world_size > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, json.dumps(asdict(run))],
-                env=common | named,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                preexec_fn=limit,
-            )
-        )
-    return processes
+        named = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if run.world_size > 1 else {}
+        log = Path(run.folder) / f"rank{rank}.log"
+        process = context.Process(target=_be_rank, args=(run, named, log, file_limit))
+        process.start()
+        started.append(Rank(process, log))
+    return started
 
 
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def finish(ranks: Sequence[Rank]) -> list[tuple[int, str]]:
     """Exit code and output of every rank. When one was killed, the others are ended, as the launcher does."""
     ended: list[tuple[int, str]] = []
-    for process in sorted(processes, key=lambda process: process.pid):
+    for rank in ranks:
         if any(code < 0 for code, _ in ended):
-            process.kill()
-        output, _ = process.communicate(timeout=300)
-        ended.append((process.returncode, output))
+            rank.process.kill()
+        rank.process.join(300)
+        if rank.process.exitcode is None:
+            rank.process.kill()
+            raise TimeoutError(f"a rank hangs: {rank.log.read_text()}")
+        ended.append((rank.process.exitcode, rank.log.read_text()))
     return ended
 
 
-def run_ranks(run: Run, *, limit: Callable[[], None] | None = None) -> list[tuple[int, str]]:
+def run_ranks(run: Run, *, file_limit: int = 0) -> list[tuple[int, str]]:
     """Start ``run`` and wait for its end."""
-    return finish(start(run, limit=limit))
+    return finish(start(run, file_limit=file_limit))
 
 
-def main() -> int:
-    """One rank of a run in a process of its own; the exit code is that of the error, as in the worker."""
-    from trainer.console import run_and_report
+def _be_rank(run: Run, variables: Mapping[str, str], log: Path, file_limit: int) -> None:
+    """One rank, in its own process; the exit code is that of the error, as in the worker."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(variables)  # noqa: TID251  (what a launcher does)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     def body() -> None:
-        run = Run(**json.loads(sys.argv[1]))
         ranks = start_ranks(device="cpu", world_size=run.world_size, threads=1)
         try:
             train_run(run, ranks)
         finally:
             ranks.close()
 
-    return run_and_report(body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_and_report(body))
