@@ -179,8 +179,7 @@ def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int
 
 def _accelerator(device: str) -> Accelerator:
     """Accelerate without opinions of its own: precision, accumulation and their scaling are the loop's business."""
-    # Buffers (rotary frequencies) are constants, so broadcasting them at every forward pass would only cost time.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1, kwargs_handlers=[ddp])
 
 

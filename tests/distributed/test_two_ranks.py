@@ -28,8 +28,8 @@ def with_data(folder: Path, data: Path) -> Path:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_ranks_take_the_course_of_one(tmp_path: Path, data: Path, lora: bool) -> None:
-    """Also with dropout, whose noise belongs to the documents; and the last step has filler on rank 1 (3 epochs)."""
-    run = Run(folder=str(with_data(tmp_path / "one", data)), lora=lora, dropout=0.1, lr=1e-3)
+    """Also with dropout, whose noise belongs to the documents. 45 packs: the last step of four has three of filler."""
+    run = Run(folder=str(with_data(tmp_path / "one", data)), lora=lora, dropout=0.1, lr=1e-3, packs=4)
     _, alone, _ = train_run(run, start_ranks(device="cpu", world_size=1))
     ended = run_ranks(replace(run, folder=str(with_data(tmp_path / "two", data)), world_size=2))
     assert [code for code, _ in ended] == [0, 0], ended

@@ -1,11 +1,13 @@
 """The strategy for one process, seeds, and everything that is checked at the start (two ranks: tests/distributed)."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from train_fixtures import tiny_loss
 
 from trainer import distributed
@@ -197,6 +199,22 @@ def test_another_optimizer_is_refused(ranks: Ranks) -> None:
     with pytest.raises(TrainingFault, match="this optimizer's state is not AdamW's") as fault:
         adam_state(strategy.optimizer, strategy.trainable["weight"])
     assert fault.value.problems[0].got == "momentum_buffer"
+
+
+def test_replicas_sum_their_gradients_in_the_last_micro_batch_only(ranks: Ranks, tmp_path: Path) -> None:
+    """Without that every result is the same, only slower: nothing else would notice."""
+    strategy = Plain(ranks, dtype=torch.float32, clip_norm=0.0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        replica = DistributedDataParallel(nn.Linear(3, 2))
+        strategy._module = replica
+        seen: list[bool] = []
+        for last in (False, False, True):
+            with strategy.micro_batch(last=last):
+                seen.append(replica.require_backward_grad_sync)
+        assert seen == [False, False, True]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_whole_parameters_and_the_module_itself(ranks: Ranks) -> None:
