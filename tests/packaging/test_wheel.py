@@ -13,6 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+STANDIN = """
+__version__ = "0.18.2"
+STANDIN = True
+def __getattr__(name):  # whatever transformers imports by name and uses as a decorator while it is imported
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return lambda *positional, **named: lambda decorated: decorated
+"""
 
 
 def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,7 +47,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     assert result.returncode == 0, result.stderr
     standin = site / "kernels"
     standin.mkdir()
-    (standin / "__init__.py").write_text('__version__ = "0.18.2"\nSTANDIN = True\n')
+    (standin / "__init__.py").write_text(STANDIN)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # noqa: TID251
     return environment | {"PYTHONPATH": str(site), "SITE": str(site)}
 

@@ -92,7 +92,9 @@ def test_a_spec_that_cannot_be_started_is_refused(changed: dict[str, object], me
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_lines_for_the_shell_start_both_ranks(tmp_path: Path, launcher: str) -> None:
-    ranks = stand_in(tmp_path, "say(f\"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']}\")")
+    # One write for the whole line: both ranks share the pipe, and print() sends text and line end one by one.
+    words = "f\"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']}\\n\""
+    ranks = stand_in(tmp_path, f"os.write(1, {words}.encode())")
     lines = write_hand_files(ranks.spec(), tmp_path / "launch", device="cpu")
     line = lines[0] if launcher == "torchrun" else lines[1]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 VERIFICATION = "verification.json"
-MEAN_SHARE = 0.2
+MEAN_SHARE = 0.1
 """The mean difference may be this share of the largest allowed one."""
 
 

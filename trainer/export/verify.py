@@ -7,10 +7,10 @@ export count.
 Three comparisons per folder, over the golden prompts of ``inference.json``:
 
 1. Log-probabilities of the likeliest next tokens along the trained model's own answers, from one forward pass each:
-   the largest difference within ``TOLERANCE`` of the dtype, the mean within a fifth of it.
+   the largest difference within ``TOLERANCE`` of the dtype, the mean within a tenth of it.
 2. Greedy answers with nothing but the folder's ``generation_config.json``. They have to be equal token by token, except
-   that two tokens whose log-probabilities lie within the tolerance of each other may change places; that is counted
-   and printed.
+   that two tokens whose log-probabilities lie within a quarter of the tolerance of each other may change places; that
+   is counted and printed.
 3. The chat template of the folder makes the recorded prompt, the padding token is no stop token, and all stop tokens
    are in ``generation_config.json``.
 
@@ -50,12 +50,16 @@ from trainer.paths import RunFolder, write_atomic
 from trainer.plan import load_plan, stage_inputs
 from trainer.samples import Prepared
 
-TOLERANCE: dict[str, float] = {"float32": 0.002, "bfloat16": 0.5, "float16": 0.1}
+TOLERANCE: dict[str, float] = {"float32": 0.004, "bfloat16": 2.0, "float16": 0.4}
 """Largest allowed difference of a log-probability (nats) between the trained model and a reloaded one, by dtype.
 
-Measured on SmolLM2-135M with LoRA on CPU: bfloat16 at most 0.25, mean 0.05 (logits near 20 are multiples of 0.125
-there); float32 0.00002. A lost or wrongly scaled adapter differs by several nats once it has learnt anything.
+Measured on SmolLM2-135M with LoRA on CPU, over the five likeliest tokens of each place, unlikely ones among them. After
+the built-in job the very same weights in bfloat16 and float32 differ by up to 0.90, 0.10 on average; adapter and merged
+model in bfloat16 by up to 0.75 and 0.62, 0.09 and 0.07 on average; the base without the adapter by 13.4 and 4.8.
+float32 against float32: 0.00002.
 """
+NEAR_TIE_SHARE = 0.25
+"""Two tokens may change places in an answer when they are nearer to each other than this share of the tolerance."""
 
 
 def verify_adapter(
@@ -211,7 +215,7 @@ def _compare(
     ties = 0
     for golden, answer in zip(inference.golden, answers, strict=True):
         if answer != golden.generated_ids:
-            _allow_near_tie(folder, golden, answer, tolerance)
+            _allow_near_tie(folder, golden, answer, tolerance * NEAR_TIE_SHARE)
             ties += 1
     return Comparison(
         name=name,
