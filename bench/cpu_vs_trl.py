@@ -39,7 +39,8 @@ def trl(run: Path, steps: int, *, packed: bool, out: Path) -> float:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from trainer.model.adapters import parse_layers
     from trainer.plan import load_plan

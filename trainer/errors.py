@@ -42,7 +42,7 @@ class Problem:
 
 
 class TrimtabError(Exception):
-    """Base of all errors raised on purpose; ``problems`` holds their parts, ``exit_code`` what the process ends with."""
+    """Base of all errors raised on purpose: ``problems`` holds their parts, ``exit_code`` is what the process gives."""
 
     exit_code = EXIT_FAILURE
 
