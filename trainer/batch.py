@@ -14,9 +14,9 @@ class Batch:
     """``k`` documents in a row of ``T`` tokens.
 
     ``input_ids``, ``labels``, ``position_ids``: int64 [1, T]; ``labels[0, t]`` is the token after position ``t`` when
-    that is to be learnt, else -100. ``cu_seqlens``: int32 [k+1] on the device, ``boundaries`` the same numbers on the
-    host; a padded tail is the last segment. ``max_seqlen``: longest segment. ``num_tokens`` and ``num_targets`` count without
-    padding.
+    that is to be learnt, else -100. ``cu_seqlens``: int32 [k+1] on the device; ``boundaries``: the same numbers on the
+    host. A padded tail is the last segment. ``max_seqlen``: longest segment. ``num_tokens`` and ``num_targets`` count
+    without padding.
     """
 
     input_ids: torch.Tensor
