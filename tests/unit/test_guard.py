@@ -113,6 +113,13 @@ def test_a_loss_gets_better_downwards_and_a_score_upwards() -> None:
     assert (best.value, best.step, better) == (0.5, 3, [True, False, True, False])
 
 
+def test_equal_scores_are_told_apart_by_the_loss() -> None:
+    judge, best = Judge(metric="accuracy"), Best()
+    better = [judge.observe(best, step, {"accuracy": 0.0, "loss": loss}) for step, loss in enumerate([5.0, 4.0, 4.5])]
+    assert better == [True, True, False]
+    assert (best.step, best.figures["loss"], best.stale) == (1, 4.0, 2)
+
+
 def test_patience_counts_validations_without_improvement() -> None:
     judge = Judge(metric="loss", patience=2)
     best, _ = observe(judge, [3.0, 2.0, 2.5])

@@ -161,7 +161,8 @@ class Best:
 class Judge:
     """Chooses the best checkpoint by ``metric`` and ends a run after ``patience`` validations without improvement.
 
-    The best checkpoint is the best by any margin; ``min_improvement`` only counts for patience.
+    The best checkpoint is the best by any margin; ``min_improvement`` only counts for patience. Scores of few rows are
+    often equal (0.0 again and again at the start): then the lower validation loss decides, where there is one.
     """
 
     metric: str
@@ -184,6 +185,8 @@ class Judge:
                 do="set eval.metric to one of these figures",
             )
         improved = best.value is None or self._gain(best.value, value) > 0
+        if best.value == value:
+            improved = figures.get("loss", math.inf) < best.figures.get("loss", math.inf)
         if improved:
             best.value, best.step, best.figures = value, step, dict(figures)
         if best.bar is None or self._gain(best.bar, value) > self.min_improvement:
