@@ -246,8 +246,8 @@ class TestSelfCheck:
     def test_padding_that_is_attended_to(self, monkeypatch):
         generate = selfcheck._generate
 
-        def unmasked(model, rows, mask, pad, device):
-            return generate(model, rows, [[1] * len(row) for row in rows], pad, device)
+        def unmasked(model, ids, mask, *rest):
+            return generate(model, ids, torch.ones_like(mask), *rest)
 
         monkeypatch.setattr(selfcheck, "_generate", unmasked)
         with pytest.raises(TrainingFault, match="logits generated in a left-padded batch differ"):

@@ -5,11 +5,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from trainer.errors import DataError, ModelError
 from trainer.evaluate.generate import generate, generating_model, in_order, make_batches
 from trainer.model.adapters import attach_lora
+from trainer.model.prefix import SharedPrefix, common_beginning, shared_prefix
 from trainer.samples import EvaluationExample, Prediction
 
 VOCABULARY, PAD, UNUSED = 97, 0, 96
@@ -176,7 +186,9 @@ def test_every_batch_runs_in_a_context_of_its_own():
         yield
 
     answer(llama(), examples(), batch_tokens=40, compute=compute)
-    assert len(entered) == len(make_batches(LENGTHS, batch_tokens=40, max_new_tokens=6)) > 2
+    batches = len(make_batches(LENGTHS, batch_tokens=40, max_new_tokens=6))
+    assert batches > 2
+    assert len(entered) == batches + 1, "one for the beginning that prompts share"
 
 
 def test_batches_keep_the_budget_and_waste_little():
@@ -231,3 +243,38 @@ def test_a_generate_that_returns_no_tensor_is_a_defect(monkeypatch):
     monkeypatch.setattr(model, "generate", lambda *a, **k: {"sequences": None})
     with pytest.raises(TypeError, match="generate returned dict"):
         answer(model, examples())
+
+
+BEGINNING = [7, 3, 88, 41, 5, 9, 60, 61, 62, 63, 20, 21, 22, 23, 24, 25, 26, 27]
+
+
+def with_beginning() -> list[EvaluationExample]:
+    return [EvaluationExample(id=one.id, prompt_ids=[*BEGINNING, *one.prompt_ids], answer="") for one in examples()]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_beginning_that_all_share_is_computed_once_and_changes_nothing(make, monkeypatch):
+    model, rows = make(), with_beginning()
+    widths: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: widths.append(ids[0].numel()))
+    together = answer(model, rows, batch_tokens=120)
+    shared, widths[:] = sum(widths), []
+    monkeypatch.setattr("trainer.evaluate.generate.shared_prefix", lambda *_: SharedPrefix([], None))
+    assert together == answer(model, rows, batch_tokens=120)
+    assert sum(widths) - shared == (len(rows) - 1) * len(BEGINNING)
+    assert together == [answer(model, [row])[0] for row in rows]
+
+
+def test_a_window_that_padding_would_shift_shares_nothing():
+    torch.manual_seed(0)
+    config = MistralConfig(**dict(llama().config.to_dict(), model_type="mistral", sliding_window=4))
+    model, rows = MistralForCausalLM(config).eval(), with_beginning()
+    assert shared_prefix(model, [row.prompt_ids for row in rows], "cpu").ids == []
+    assert answer(model, rows) == [answer(model, [row])[0] for row in rows]
+
+
+def test_a_beginning_leaves_a_token_of_every_prompt():
+    assert common_beginning([[1, 2, 3], [1, 2], [1, 2, 3, 4]]) == [1]
+    assert common_beginning([[1, 2], [2, 1]]) == []
+    assert common_beginning([[5, 6, 7]]) == [5, 6]
+    assert common_beginning([]) == []

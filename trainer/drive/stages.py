@@ -18,6 +18,7 @@ from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, stage_inputs
+from trainer_launch.command import THREADS
 from trainer_launch.leash import can_leash
 from trainer_launch.node import Child, NodeResult, supervise
 from trainer_launch.run import run, write_hand_files
@@ -100,7 +101,7 @@ def _one_process(job: Job, stage: str, module: str) -> int:
     child = Child(
         name=stage,
         arguments=(sys.executable, "-m", module, str(job.folder.root)),
-        variables={"PYTHONUNBUFFERED": "1"},
+        variables={"PYTHONUNBUFFERED": "1", **THREADS},
         log=job.folder.logs / f"{stage}.log",
         shown=True,
     )

@@ -2,8 +2,8 @@
 
 Scores are only worth something when a batch gives the answers that single rows would give. So everything that decides
 an answer is set here: the generation config is our own (a base model's ``repetition_penalty`` or ``temperature`` does
-not leak in), padding is on the left with a mask, and batches depend on the examples alone, so that one rank and many
-run the same batches. Nothing of the model is changed when this returns.
+not leak in), padding is on the left with a mask, what all prompts begin with is computed once, and batches depend on the
+examples alone, so that one rank and many run the same batches. Nothing of the model is changed when this returns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,14 @@ from typing import Protocol, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from trainer.errors import DataError, ModelError
+from trainer.model.prefix import SharedPrefix, padded_prompts, shared_prefix
 from trainer.samples import EvaluationExample, Prediction
 
 
@@ -28,7 +30,7 @@ class GeneratingModel(Protocol):
     config: PreTrainedConfig
     generation_config: GenerationConfig | None
 
-    def generate(self, inputs: torch.Tensor, *, attention_mask: torch.Tensor) -> object:
+    def generate(self, inputs: torch.Tensor, *, attention_mask: torch.Tensor, past_key_values: Cache | None) -> object:
         """Prompt and new token ids, int64 [rows, prompt + new]."""
         ...
 
@@ -88,9 +90,13 @@ def generate(
     mine = make_batches(lengths, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens)[rank::world_size]
     found: dict[int, Prediction] = {}
     with _ready_to_generate(model, inner, settings):
+        with compute():
+            # Of all examples, not of this share: the answers must not depend on the number of ranks.
+            prefix = shared_prefix(cast(nn.Module, inner), [example.prompt_ids for example in examples], device)
         for rows in mine:
             with compute():
-                answers = _generate_batch(inner, [examples[row].prompt_ids for row in rows], pad_token_id, device)
+                prompts = [examples[row].prompt_ids for row in rows]
+                answers = _generate_batch(inner, prompts, prefix, pad_token_id, device)
             for row, answer in zip(rows, answers, strict=True):
                 found[row] = _prediction(examples[row].id, answer, settings.stop_token_ids, decode)
     return [found[row] for row in sorted(found)]
@@ -202,19 +208,20 @@ def _ready_to_generate(outer: nn.Module, inner: GeneratingModel, settings: Gener
 
 
 def _generate_batch(
-    inner: GeneratingModel, prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
+    inner: GeneratingModel,
+    prompts: Sequence[Sequence[int]],
+    prefix: SharedPrefix,
+    pad_token_id: int,
+    device: torch.device | str,
 ) -> list[list[int]]:
     """New token ids per row, still with whatever follows a stop token."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        attention_mask[row, width - len(prompt) :] = 1
-    output = inner.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
+    input_ids, attention_mask = padded_prompts(prompts, prefix.ids, pad_token_id)
+    output = inner.generate(
+        input_ids.to(device), attention_mask=attention_mask.to(device), past_key_values=prefix.for_rows(len(prompts))
+    )
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"generate returned {type(output).__name__}; a tensor of token ids was expected")
-    return output[:, width:].tolist()
+    return output[:, input_ids.shape[1] :].tolist()
 
 
 def _prediction(

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
 
 from trainer.batch import Batch
 from trainer.errors import ModelError, TrainingFault
@@ -23,10 +24,13 @@ from trainer.model.adapters import inner_model
 from trainer.model.attention import IMPLEMENTATION, describe, packed_arguments, packed_attention, register
 from trainer.model.loss import IGNORED, LogitsVia, PackedLoss
 from trainer.model.precision import compute_context
+from trainer.model.prefix import padded_prompts, shared_prefix
 
 PROBE_DOCUMENTS = 4
 PROBE_TOKENS = 64
 GENERATED = 2
+SHARED_PROBE = 8
+"""Tokens that the probe prompts of generation begin with."""
 TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 """Largest relative difference of logits that is rounding, by compute dtype."""
 LOSS_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -221,18 +225,20 @@ def _check_loss(model: nn.Module, batch: Batch, logits: torch.Tensor, dtype: tor
 def _check_generation(
     model: nn.Module, documents: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> float:
-    """Relative difference of the logits of generated tokens, batched with left padding against single rows.
+    """Relative difference of the logits of generated tokens, in a batch as evaluation makes it against single rows.
 
-    A later token is only compared while the earlier ones agree: two nearly equal logits may be ordered by rounding.
+    The documents get a common beginning, so that the way through ``SharedPrefix`` is the one that is compared. A later
+    token is only compared while the earlier ones agree: two nearly equal logits may be ordered by rounding.
     """
-    longest = max(len(document) for document in documents)
-    rows = [[pad_token_id] * (longest - len(document)) + list(document) for document in documents]
-    mask = [[0] * (longest - len(document)) + [1] * len(document) for document in documents]
-    batched_ids, batched = _generate(model, rows, mask, pad_token_id, device)
+    beginning = list(max(documents, key=len))[:SHARED_PROBE]
+    prompts = [[*beginning, *document] for document in documents]
+    prefix = shared_prefix(model, prompts, device, shortest=1)
+    ids, mask = padded_prompts(prompts, prefix.ids, pad_token_id)
+    batched_ids, batched = _generate(model, ids, mask, pad_token_id, device, prefix.for_rows(len(prompts)))
     padded: list[torch.Tensor] = []
     alone: list[torch.Tensor] = []
-    for index, document in enumerate(documents):
-        ids, single = _generate(model, [list(document)], [[1] * len(document)], pad_token_id, device)
+    for index, prompt in enumerate(prompts):
+        ids, single = _generate(model, *padded_prompts([prompt], [], pad_token_id), pad_token_id, device)
         for step in range(GENERATED):
             padded.append(batched[step][index])
             alone.append(single[step][0])
@@ -242,7 +248,12 @@ def _check_generation(
 
 
 def _generate(
-    model: nn.Module, rows: list[list[int]], mask: list[list[int]], pad_token_id: int, device: torch.device
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    pad_token_id: int,
+    device: torch.device,
+    cache: DynamicCache | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Greedy tokens int64 [B, GENERATED] and their logits, a list of [B, V]."""
     inner = inner_model(model)
@@ -255,9 +266,9 @@ def _generate(
         return_dict_in_generate=True,
         use_cache=True,
     )
-    ids = torch.tensor(rows, dtype=torch.int64, device=device)
-    attention = torch.tensor(mask, dtype=torch.int64, device=device)
-    output = cast(Any, inner).generate(input_ids=ids, attention_mask=attention, generation_config=options)
+    output = cast(Any, inner).generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, generation_config=options
+    )
     return output.sequences[:, ids.shape[1] :], list(output.logits)
 
 

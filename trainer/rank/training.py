@@ -12,6 +12,7 @@ from trainer.distributed import Strategy
 from trainer.errors import NeedsPerson, RunError
 from trainer.evaluate.report import loss_curve
 from trainer.evaluate.score import score
+from trainer.markers import read_marker
 from trainer.model.loss import PackedLoss
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import answer, measure_loss
@@ -192,10 +193,12 @@ def best_checkpoint(job: Job) -> Checkpoint:
 
 def _find_best(job: Job) -> Checkpoint | None:
     newest = newest_checkpoint(job)
-    best = newest.manifest.state.best.step if newest is not None else None
-    if newest is None or best is None or best == newest.manifest.step:
+    if newest is None:
+        return None
+    step = _result_step(job, newest)
+    if step == newest.manifest.step:
         return newest
-    path = checkpoint_path(job.folder.checkpoints, best)
+    path = checkpoint_path(job.folder.checkpoints, step)
     try:
         return Checkpoint(path, verify(path))
     except DamagedCheckpoint as fault:
@@ -205,3 +208,16 @@ def _find_best(job: Job) -> Checkpoint | None:
             got=fault.problems[0].got,
             do=f"restore it, or remove {path.parent} and {job.folder.stages / 'train.json'} to train anew",
         ) from fault
+
+
+def _result_step(job: Job, newest: Checkpoint) -> int:
+    """The step that training ended with as its best, or else its last.
+
+    The marker knows it best: when the newest checkpoint is damaged, an older one tells of the best before it.
+    """
+    marker = read_marker(job.folder, "train")
+    if marker is not None:
+        step = marker.summary.get("best_step", marker.summary.get("steps"))
+        if isinstance(step, int):
+            return step
+    return newest.manifest.state.best.step or newest.manifest.step
