@@ -2,8 +2,8 @@
 
 Scores are only worth something when a batch gives the answers that single rows would give. So everything that decides
 an answer is set here: the generation config is our own (a base model's ``repetition_penalty`` or ``temperature`` does
-not leak in), padding is on the left with a mask, what all prompts begin with is computed once, and batches depend on the
-examples alone, so that one rank and many run the same batches. Nothing of the model is changed when this returns.
+not leak in), padding is on the left with a mask, what all prompts begin with is computed once, and batches depend on
+the examples alone, so that one rank and many run the same batches. Nothing of the model is changed when this returns.
 """
 
 from collections.abc import Callable, Iterator, Sequence

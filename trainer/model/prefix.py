@@ -42,8 +42,8 @@ def shared_prefix(
     """Compute what all of ``prompts`` (token ids) begin with; call it where they will be answered: same mode, autocast.
 
     Nothing is shared when the common beginning has fewer than ``shortest`` tokens, or when padding between it and the
-    rest of a row would change the answers: the model takes no ``position_ids``, or a layer does not keep keys and values
-    of all tokens (sliding windows). At least one token of every prompt is left over.
+    rest of a row would change the answers: the model takes no ``position_ids``, or a layer does not keep keys and
+    values of all tokens (sliding windows). At least one token of every prompt is left over.
     """
     ids, inner = common_beginning(prompts), inner_model(model)
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
