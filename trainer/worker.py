@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.console import run_and_leave
-from trainer.distributed import make_strategy, start_ranks
+from trainer.distributed.ranks import start_ranks
+from trainer.distributed.strategy import make_strategy
 from trainer.fingerprint import digest
 from trainer.markers import is_current
 from trainer.paths import RunFolder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from train_fixtures import Run, make_arena, read_metrics, run_ranks, train_run
 
-from trainer.distributed import start_ranks
+from trainer.distributed.ranks import start_ranks
 from trainer.train.checkpoint import published
 
 

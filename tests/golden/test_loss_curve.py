@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_fixtures import Run, make_arena, read_metrics, train_run
 
-from trainer.distributed import start_ranks
+from trainer.distributed.ranks import start_ranks
 
 GOLDEN = Path(__file__).with_name("loss_curve.json")
 LARGEST, MEAN = 2e-4, 2e-5

@@ -20,7 +20,7 @@ from train_fixtures import make_arena, make_source, tiny_loss, tiny_strategy
 from transformers import Trainer, TrainingArguments
 
 from trainer.data.batches import TrainingBatches
-from trainer.distributed import Ranks, start_ranks
+from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.train.loop import train_step
 from trainer.train.metrics import StepTimer
 from trainer.train.optim import lr_schedule

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from train_fixtures import BASE, IDENTITY, Run, make_arena, run_ranks, tiny_loss, weights_of
 
-from trainer.distributed import Ranks, Strategy, make_strategy, start_ranks
+from trainer.distributed.ranks import Ranks, start_ranks
+from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.errors import NeedsPerson, RunError
 from trainer.fingerprint import digest, file_digest
 from trainer.train import checkpoint

@@ -10,18 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_fixtures import tiny_loss
 
-from trainer import distributed
-from trainer.distributed import (
-    LaunchedAs,
-    Plain,
-    Ranks,
-    Strategy,
-    adam_state,
-    launched_as,
-    make_strategy,
-    seed_all,
-    start_ranks,
-)
+from trainer.distributed import ranks as ranks_module
+from trainer.distributed.fragments import adam_state
+from trainer.distributed.plain import Plain
+from trainer.distributed.ranks import LaunchedAs, Ranks, launched_as, start_ranks
+from trainer.distributed.seeds import seed_all
+from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.errors import RunError, TrainingFault
 from trainer.train.optim import make_optimizer
 
@@ -47,25 +41,25 @@ def linear(ranks: Ranks, clip_norm: float = 0.0) -> tuple[Strategy, nn.Linear]:
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "ENVIRONMENT", {})
+    monkeypatch.setattr(ranks_module, "ENVIRONMENT", {})
     assert launched_as() == LaunchedAs(rank=0, local_rank=0, world_size=1)
 
 
 def test_the_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "ENVIRONMENT", {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"})
+    monkeypatch.setattr(ranks_module, "ENVIRONMENT", {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"})
     assert launched_as() == LaunchedAs(rank=5, local_rank=1, world_size=8)
 
 
 @pytest.mark.parametrize("given", [{"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}])
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
-    monkeypatch.setattr(distributed, "ENVIRONMENT", given)
+    monkeypatch.setattr(ranks_module, "ENVIRONMENT", given)
     with pytest.raises(RunError, match="the launcher's variables are incomplete") as fault:
         launched_as()
     assert "RANK=0" in fault.value.problems[0].got
 
 
 def test_another_number_of_processes_than_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "ENVIRONMENT", {})
+    monkeypatch.setattr(ranks_module, "ENVIRONMENT", {})
     with pytest.raises(RunError, match="planned for another number of processes") as fault:
         start_ranks(device="cpu", world_size=2)
     assert fault.value.problems[0].got == "1 started"
@@ -79,17 +73,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_group_of_one_started_by_a_launcher_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OTHER": "stays"}
-    monkeypatch.setattr(distributed, "ENVIRONMENT", variables)
+    monkeypatch.setattr(ranks_module, "ENVIRONMENT", variables)
     assert start_ranks(device="cpu", world_size=1).world_size == 1
     assert variables == {"OTHER": "stays"}
 
 
 def test_accelerate_that_starts_something_else_is_noticed(ranks: Ranks) -> None:
     with pytest.raises(TrainingFault, match="accelerate did not start what was planned") as fault:
-        distributed._check_group(ranks, "cpu", 2)
+        ranks_module._check_group(ranks, "cpu", 2)
     assert fault.value.problems[0].got == "NO with 1 ranks on cpu"
     with pytest.raises(TrainingFault, match="with 1 ranks on cuda"):
-        distributed._check_group(ranks, "cuda", 1)
+        ranks_module._check_group(ranks, "cuda", 1)
 
 
 # -- agreeing with oneself -----------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import nn
 from train_fixtures import Run, make_arena, make_source, read_metrics, tiny_loss, tiny_strategy, train_run, weights_of
 
 from trainer.data.batches import PlannedStep, TrainingBatches
-from trainer.distributed import Ranks, Strategy, start_ranks
+from trainer.distributed.ranks import Ranks, start_ranks
+from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 from trainer.train.checkpoint import SaveFailed, TrainState, published, verify
 from trainer.train.guard import Judge, NonFinite, StopFlag

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.console import run_and_report
 from trainer.data.batches import TrainingBatches, held_out_batches, training_schedule
-from trainer.distributed import Ranks, Strategy, make_strategy, start_ranks
+from trainer.distributed.ranks import Ranks, start_ranks
+from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.evaluate.loss import held_out_loss
 from trainer.model.adapters import attach_lora
 from trainer.model.attention import IMPLEMENTATION, register

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from trainer import console
-from trainer.distributed import Ranks
+from trainer.distributed.ranks import Ranks
 from trainer.errors import DataError, RunError
 from trainer.markers import Marker, write_marker
 from trainer.model.precision import torch_dtype

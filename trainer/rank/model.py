@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.distributed import seed_all
+from trainer.distributed.seeds import seed_all
 from trainer.model.adapters import (
     attach_lora,
     continue_lora,

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.console import ProgressReport, progress
 from trainer.data.batches import TrainingBatches, training_schedule
 from trainer.data.tokenized import origins_path
-from trainer.distributed import Strategy
+from trainer.distributed.strategy import Strategy
 from trainer.errors import NeedsPerson, RunError
 from trainer.evaluate.report import loss_curve
 from trainer.evaluate.score import score

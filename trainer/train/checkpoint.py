@@ -28,7 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trainer.distributed import Fragment, Ranks, Strategy
+from trainer.distributed.fragments import Fragment
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.strategy import Strategy
 from trainer.errors import NeedsPerson, RunError, TrimtabError
 from trainer.fingerprint import digest, file_digest
 from trainer.paths import fsync_directory, write_atomic

@@ -16,7 +16,8 @@ from typing import Literal, NoReturn
 import torch
 
 from trainer.data.batches import PlannedStep, TrainingBatches
-from trainer.distributed import Strategy, seed_all
+from trainer.distributed.seeds import seed_all
+from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 from trainer.train.checkpoint import SaveFailed, TrainState
 from trainer.train.guard import Judge, NonFinite, StopFlag, non_finite

@@ -1,0 +1,182 @@
+"""The group of processes of a run: who this one is, how they meet, and what they can agree on.
+
+After the start, world size, device and kind of group are compared with the plan: launchers fall back silently
+(``accelerate launch --cpu --num_processes 2`` starts one process), this module does not.
+
+The environment is read here and nowhere else in the trainer: the variables that torchrun, ``accelerate launch`` and
+``trainer_launch`` all set (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from trainer.errors import RunError, TrainingFault
+
+T = TypeVar("T")
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""A rank that waits longer than this for the others gives up; publishing a large checkpoint has to fit in."""
+
+ENVIRONMENT = os.environ  # noqa: TID251  (this is the one place of the trainer that reads it)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedAs:
+    """Who this process is according to its launcher."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def launched_as() -> LaunchedAs:
+    """The launcher's variables; without any, one process alone.
+
+    Raises:
+        RunError: only some of them are set, or they are not numbers.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: ENVIRONMENT[name] for name in names if name in ENVIRONMENT}
+    if not given:
+        return LaunchedAs(rank=0, local_rank=0, world_size=1)
+    if len(given) < len(names) or not all(value.isdecimal() for value in given.values()):
+        raise RunError(
+            "the launcher's variables are incomplete",
+            got=", ".join(f"{name}={given.get(name, '(not set)')}" for name in names),
+            allowed="RANK, LOCAL_RANK and WORLD_SIZE, all three, as whole numbers",
+            do="start with `python -m trainer`, torchrun or `accelerate launch`",
+        )
+    return LaunchedAs(*(int(given[name]) for name in names))
+
+
+class Ranks:
+    """The group of processes of a run, and what they can agree on. Every method is called by all ranks alike."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what exists once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` (any shape, the same on every rank) element by element; the result is on the device."""
+        values = values.to(self.device)
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on at least one rank."""
+        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item() > 0)
+
+    def from_first(self, value: int) -> int:
+        """Rank 0's ``value``, on every rank."""
+        return int(self.sum_over_ranks(torch.tensor(value if self.is_first else 0, dtype=torch.int64)).item())
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in the order of ranks. They travel as pickle, between processes of one run only."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[T] = [value] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def same_on_all_ranks(self, digest: str, *, what: str) -> None:
+        """Check that every rank computed the same ``digest`` of ``what``.
+
+        Raises:
+            TrainingFault: on all ranks, naming those that differ from rank 0.
+        """
+        digests = self.gather(digest)
+        different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if different:
+            raise TrainingFault(
+                f"the ranks do not have the same {what}",
+                got=f"rank 0 {digests[0][:12]}, "
+                + ", ".join(f"rank {rank} {digests[rank][:12]}" for rank in different),
+                allowed="one and the same on every rank",
+                do="check that all machines see the same run folder, the same code and the same packages",
+            )
+
+    def close(self) -> None:
+        """Leave the group; call it last."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int | None = None) -> Ranks:
+    """Join the group of ranks, and check that it is the one that was planned.
+
+    Args:
+        device: where every rank computes; on CUDA, rank ``LOCAL_RANK`` takes the GPU of that number.
+        world_size: ranks of the plan.
+        threads: CPU threads of this rank; None leaves them alone.
+
+    Raises:
+        RunError: started with another number of processes, or the device is not there.
+    """
+    launched = launched_as()
+    if launched.world_size != world_size:
+        raise RunError(
+            "this run was planned for another number of processes",
+            got=f"{launched.world_size} started",
+            allowed=f"{world_size} (plan.json)",
+            do=f"start {world_size} processes, or plan again with launch.processes={launched.world_size}",
+        )
+    if device == "cuda" and torch.cuda.device_count() <= launched.local_rank:
+        raise RunError(
+            "there is no GPU for this rank",
+            got=f"local rank {launched.local_rank}, {torch.cuda.device_count()} visible GPUs",
+            do="lower launch.processes, or use launch.device=cpu",
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if world_size == 1:
+        # For accelerate LOCAL_RANK alone means a group, and it would wrap the model in DDP around a group of one.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            ENVIRONMENT.pop(name, None)
+    else:
+        # Our own call, because accelerate forgets the timeout on the CPU.
+        if device == "cuda":
+            torch.cuda.set_device(launched.local_rank)
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, rank=launched.rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    ranks = Ranks(_accelerator(device))
+    _check_group(ranks, device, world_size)
+    return ranks
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Accelerate without opinions of its own: precision, accumulation and their scaling are the loop's business."""
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1, kwargs_handlers=[ddp])
+
+
+def _check_group(ranks: Ranks, device: str, world_size: int) -> None:
+    kinds = {DistributedType.NO} if world_size == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    kind = ranks.accelerator.distributed_type
+    if kind not in kinds or ranks.world_size != world_size or ranks.device.type != device:
+        raise TrainingFault(
+            "accelerate did not start what was planned",
+            got=f"{kind.value} with {ranks.world_size} ranks on {ranks.device}",
+            allowed=f"{' or '.join(sorted(k.value for k in kinds))} with {world_size} ranks on {device}",
+            do="look for ACCELERATE_* variables and a default accelerate config on this machine",
+        )

@@ -1,0 +1,20 @@
+"""Noise that does not depend on how many processes there are, nor on where a run was interrupted."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_all(*parts: int) -> None:
+    """Seed Python, NumPy and torch (all devices) from whole numbers >= 0; other numbers give an unrelated stream.
+
+    The loop calls this before every micro-batch with (seed, step, documents), so dropout noise belongs to the data and
+    not to a rank: no random state exists between two micro-batches, a resumed run and a run at another world size draw
+    the same noise.
+    """
+    # NumPy fills up with zeros, so (7,) and (7, 0) would be one seed without the length.
+    state = int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0])
+    random.seed(state)
+    np.random.seed(state % 2**32)
+    torch.manual_seed(state % 2**63)
