@@ -37,7 +37,9 @@ base = folder.root / "base"
 base.mkdir(exist_ok=True)
 (base / "config.json").write_text('{"hidden_size": 64}')
 (base / "model.safetensors").write_bytes(bytes(1000))
-split = {"rows": 3, "documents": 3, "tokens": 1234, "targets": 99, "longest": 60}
+arena = folder.root / "arena"
+arena.mkdir(exist_ok=True)
+split = {"rows": 3, "documents": 3, "tokens": 1234, "targets": 99, "longest": 60, "arena": str(arena)}
 folder.prepared_json.write_text(json.dumps({
     "base": {"name": "builtin:tiny", "directory": str(base), "parameters": 1000},
     "dtype": "float32", "dtype_reason": "no bf16 instructions", "train": split, "validation": None, "test": split,

@@ -80,7 +80,8 @@ def answers(model: torch.nn.Module, rows: Sequence[EvaluationExample]) -> list[P
 
 
 def inference_of(model: torch.nn.Module, folder: Path, *, count: int = 3, **changes: object) -> Inference:
-    golden = golden_prompts(model, examples(folder, count), generate=lambda rows: answers(model, rows))
+    rows = examples(folder, count)
+    golden = golden_prompts(model, rows, answers(model, rows))
     settings: dict[str, object] = {
         "base_name": "builtin:tiny",
         "base_revision": "",
@@ -93,6 +94,7 @@ def inference_of(model: torch.nn.Module, folder: Path, *, count: int = 3, **chan
         "stop_token_ids": [STOP],
         "pad_token_id": PAD,
         "tokenizer": folder,
+        "golden_dtype": "float32",
         "golden": golden,
     }
     return make_inference(**(settings | changes))  # type: ignore[arg-type]

@@ -66,6 +66,20 @@ def test_a_run_does_every_stage_once_and_shows_the_result(driver: Driven, capsys
     assert ["merged", "model", str(folder.merged), "(0.0", "kB)"] in words
 
 
+@pytest.mark.parametrize("gone", ["arena", "base", "prepared.json"])
+def test_what_has_gone_from_the_cache_is_prepared_again_when_it_is_needed(driver: Driven, gone: str) -> None:
+    do(driver, "run")
+    folder = run_of(driver)
+    lost = folder.root / gone
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    if gone != "prepared.json":  # the closing table reads it
+        do(driver, "run")
+        assert driver.journal() == ALL, "a finished run needs neither"
+    (folder.stages / "evaluate.json").unlink()
+    do(driver, "run")
+    assert driver.journal() == [*ALL, "prepare rank 0", "evaluate rank 0"]
+
+
 def test_what_a_run_was_done_with_is_in_its_folder(driver: Driven) -> None:
     do(driver, "run")
 

@@ -11,12 +11,14 @@ from export_fixtures import PAD, STOP, answers, base_folder, examples, inference
 from trainer.errors import ModelError, RunError
 from trainer.export.inference import (
     answer_log_probs,
+    choose_golden,
     golden_prompts,
     load_plain_tokenizer,
     openings,
     probe_template,
     read_inference,
     template_sha256,
+    widen,
     write_serving_files,
 )
 
@@ -29,18 +31,30 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_golden_prompts_hold_the_models_own_answers(base: Path):
     model = tuned_full(base)
     rows = examples(base, 10)
-    golden = golden_prompts(model, rows, generate=lambda some: answers(model, some), count=4)
-    assert [one.id for one in golden] == ["row0", "row2", "row5", "row7"]
+    chosen = choose_golden(rows, 4)
+    assert [one.id for one in chosen] == ["row0", "row2", "row5", "row7"]
+    golden = golden_prompts(model, chosen, answers(model, chosen))
     for one, answer in zip(golden, answers(model, [rows[0], rows[2], rows[5], rows[7]]), strict=True):
+        assert one.id == answer.id
         assert one.generated_ids == answer.token_ids == [ids[0] for ids in one.top_ids]  # greedy: the likeliest
         assert all(values == sorted(values, reverse=True) and values[0] < 0 for values in one.top_log_probs)
         assert all(len(ids) == 5 for ids in one.top_ids)
 
 
 def test_fewer_rows_than_golden_prompts(base: Path):
-    model = tuned_full(base)
-    golden = golden_prompts(model, examples(base, 2), generate=lambda some: answers(model, some), count=8)
-    assert [one.id for one in golden] == ["row0", "row1"]
+    assert [one.id for one in choose_golden(examples(base, 2), 8)] == ["row0", "row1"]
+
+
+def test_weights_are_widened_where_there_is_room(base: Path):
+    model = tuned_full(base).to(torch.bfloat16)
+    more = 2 * sum(weights.numel() for weights in [*model.parameters(), *model.buffers()])
+    before = model.lm_head.weight.clone()
+    assert widen(model, more) == "bfloat16"  # a part of what is free has to stay free
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert widen(model, 2 * more) == "float32"
+    assert model.lm_head.weight.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, before.float())
+    assert widen(model, 0) == "float32"  # nothing more is needed
 
 
 def test_log_probabilities_are_those_of_the_next_tokens(base: Path):
@@ -60,13 +74,14 @@ def test_forward_passes_run_in_the_callers_context(base: Path):
         yield
 
     model = tuned_full(base)
-    golden_prompts(model, examples(base, 2), generate=lambda some: answers(model, some), compute=compute)
+    rows = examples(base, 2)
+    golden_prompts(model, rows, answers(model, rows), compute=compute)
     assert entered == [1, 1]
 
 
-def test_an_export_without_prompts_is_refused(base: Path):
+def test_an_export_without_prompts_is_refused():
     with pytest.raises(ModelError, match="an export cannot be checked without prompts"):
-        golden_prompts(tuned_full(base), [], generate=lambda some: [])
+        choose_golden([])
 
 
 def test_a_model_that_gives_no_numbers_is_refused(base: Path):
@@ -74,7 +89,7 @@ def test_a_model_that_gives_no_numbers_is_refused(base: Path):
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
     with pytest.raises(ModelError, match="row0: the trained model gives log-probabilities that are not finite"):
-        golden_prompts(model, examples(base, 1), generate=lambda some: answers(model, some))
+        golden_prompts(model, examples(base, 1), answers(model, examples(base, 1)))
 
 
 def test_written_and_read_again(base: Path, tmp_path: Path):
@@ -114,10 +129,15 @@ def test_damaged_and_foreign_files_are_refused(base: Path, tmp_path: Path):
         read_inference(tmp_path)
 
 
-def test_plain_texts_are_asked_by_their_openings():
-    found = openings([list(range(100)), [], [7], [1, 2, 3]])
+def test_training_documents_are_asked_by_what_comes_before_the_answer():
+    def document(ids: list[int], first: int) -> tuple[list[int], list[bool]]:
+        return ids, [place >= first for place in range(len(ids))]
+
+    plain = [document(list(range(100)), 1), document([], 1), document([7], 1), document([1, 2, 3], 1)]
+    found = openings([*plain, document(list(range(50)), 40)])
     assert [(one.id, one.prompt_ids) for one in found] == [
         ("document 1", list(range(32))),
         ("document 3", [7]),
         ("document 4", [1]),
+        ("document 5", list(range(40))),
     ]

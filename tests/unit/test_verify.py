@@ -226,7 +226,8 @@ def rewrite_golden(folder: Path, change: Callable[[GoldenPrompt], GoldenPrompt])
 
 def test_tokens_that_were_almost_as_likely_may_change_places(made: Made, tmp_path: Path, monkeypatch):
     """The recorded answer takes the second token where both are within the tolerance; the model now takes the first."""
-    monkeypatch.setitem(verify.TOLERANCE, "float32", 50.0)
+    monkeypatch.setitem(verify.NEAR_TIE, "float32", 50.0)
+    monkeypatch.setitem(verify.ROUNDED, "float32", 50.0)
     folder = copy_of(made, "merged", tmp_path)
 
     def second_choice(golden: GoldenPrompt) -> GoldenPrompt:
@@ -239,7 +240,8 @@ def test_tokens_that_were_almost_as_likely_may_change_places(made: Made, tmp_pat
 
 
 def test_a_token_that_was_not_among_the_likeliest_is_refused(made: Made, tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(verify.TOLERANCE, "float32", 50.0)
+    monkeypatch.setitem(verify.NEAR_TIE, "float32", 50.0)
+    monkeypatch.setitem(verify.ROUNDED, "float32", 50.0)
     folder = copy_of(made, "merged", tmp_path)
 
     def unlikely(golden: GoldenPrompt) -> GoldenPrompt:

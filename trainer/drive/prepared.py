@@ -19,13 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Counts of one split (``samples.SplitInfo``)."""
+    """Counts of one split (``samples.SplitInfo``); ``arena``: the folder of its tokens."""
 
     rows: int
     documents: int
     tokens: int
     targets: int
     longest: int
+    arena: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,17 @@ def read_prepared(folder: RunFolder) -> PreparedView:
         RunError: it is missing or not what prepare writes.
     """
     return _read(folder.prepared_json, PreparedView)
+
+
+def is_still_there(folder: RunFolder) -> bool:
+    """Whether the tokens and the base model that ``prepare`` found or made are still where it left them."""
+    try:
+        prepared = read_prepared(folder)
+    except RunError:
+        return False
+    splits = (prepared.train, prepared.validation, prepared.test)
+    places = [prepared.base.directory, *(split.arena for split in splits if split is not None)]
+    return all(Path(place).is_dir() for place in places)
 
 
 def read_schedule(folder: RunFolder) -> ScheduleView:

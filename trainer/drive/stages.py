@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer import console
-from trainer.drive.prepared import on_disk, read_prepared
+from trainer.drive.prepared import is_still_there, on_disk, read_prepared
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
 from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import STAGES, is_current
@@ -25,6 +25,7 @@ from trainer_launch.run import run, write_hand_files
 from trainer_launch.spec import LaunchSpec
 
 BY_RANKS = ("baseline", "train", "evaluate", "export")
+NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
 
 
@@ -50,8 +51,15 @@ class Job:
 
 
 def pending(plan: RunPlan, folder: RunFolder, wanted: Sequence[str]) -> list[str]:
-    """Those of ``wanted`` that are not done with their present inputs, in the order of a run."""
-    return [stage for stage in STAGES if stage in wanted and not is_current(folder, stage, stage_inputs(plan, stage))]
+    """Those of ``wanted`` that are not done with their present inputs, in the order of a run.
+
+    ``prepare`` is done again when another stage needs the tokens or the base model and they have gone from the cache.
+    """
+    todo = [stage for stage in STAGES if stage in wanted and not is_current(folder, stage, stage_inputs(plan, stage))]
+    needs = any(stage in NEED_PREPARED for stage in todo)
+    if needs and "prepare" in wanted and "prepare" not in todo and not is_still_there(folder):
+        return ["prepare", *todo]
+    return todo
 
 
 def run_stages(job: Job, wanted: Sequence[str]) -> int:

@@ -4,10 +4,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.export.inference import GOLDEN_PROMPTS, Inference, golden_prompts, make_inference, openings
+from trainer.export.inference import (
+    GOLDEN_PROMPTS,
+    Inference,
+    choose_golden,
+    golden_prompts,
+    make_inference,
+    openings,
+    widen,
+)
 from trainer.export.weights import export_adapter, export_merged
 from trainer.model.loss import PackedLoss
-from trainer.model.precision import compute_context
+from trainer.model.precision import compute_context, free_memory, torch_dtype
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import generate_here
 
@@ -45,14 +53,21 @@ def write_exports(job: Job, loss: PackedLoss) -> Summary:
 def describe_inference(job: Job, loss: PackedLoss) -> Inference:
     """How the export wants to be asked, with answers of the trained model to recognise it by."""
     base, prepared = job.prepared.base, job.prepared
-    examples = read_examples(prepared.validation_examples) or read_examples(prepared.test_examples)
-    if not examples:  # plain texts have no questions
+    examples = read_examples(prepared.validation_examples)
+    if not examples:  # test rows stay out of what is handed on
         arena = open_arena(prepared.validation or prepared.train)
-        count = min(GOLDEN_PROMPTS, arena.num_documents)
-        examples = openings([arena.document(number)[0].tolist() for number in range(count)])
-    compute = partial(compute_context, job.ranks.device, job.compute_dtype)
+        documents = (arena.document(number) for number in range(min(GOLDEN_PROMPTS, arena.num_documents)))
+        examples = openings([(ids.tolist(), learnt.tolist()) for ids, learnt in documents])
+    chosen = choose_golden(examples)
+    answers = generate_here(job, loss, chosen)
+    golden_dtype = widen(loss.model, free_memory(job.ranks.device))
+    if golden_dtype != "float32":
+        job.warn(f"there is no room for the weights in float32: exports are compared in {golden_dtype}, less sharply")
     golden = golden_prompts(
-        loss.model, examples, generate=lambda chosen: generate_here(job, loss, chosen), compute=compute
+        loss.model,
+        chosen,
+        answers,
+        compute=partial(compute_context, job.ranks.device, torch_dtype(golden_dtype)),
     )
     return make_inference(
         base_name=base.name,
@@ -66,5 +81,6 @@ def describe_inference(job: Job, loss: PackedLoss) -> Inference:
         stop_token_ids=prepared.stop_token_ids,
         pad_token_id=prepared.pad_token_id,
         tokenizer=Path(prepared.tokenizer),
+        golden_dtype=golden_dtype,
         golden=golden,
     )
