@@ -107,6 +107,12 @@ def test_small_batches_and_shares_of_ranks_answer_alike():
     assert in_order(rows, shares) == whole == answer(model, rows)
 
 
+def test_it_tells_how_many_rows_have_their_answer():
+    told: list[int] = []
+    answer(llama(), examples(), batch_tokens=40, on_answered=told.append)
+    assert told == [1, 3, 6, 8]
+
+
 def test_the_answer_ends_with_its_first_stop_token():
     model, rows = llama(), examples()
     free = answer(model, rows)

@@ -55,6 +55,7 @@ def generate(
     decode: Callable[[list[int]], str],
     device: torch.device | str,
     compute: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_answered: Callable[[int], None] = lambda rows: None,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Prediction]:
@@ -70,6 +71,7 @@ def generate(
         decode: token ids of an answer, without the stop token, to text.
         device: where the model is.
         compute: makes the context of each batch, for example ``torch.autocast``.
+        on_answered: told after each batch how many rows of this share have their answer.
         rank: which share of the batches to run.
         world_size: number of shares. Every share runs whole batches of the same division, so the answers do not depend
             on it; ``in_order`` puts the shares together.
@@ -99,6 +101,7 @@ def generate(
                 answers = _generate_batch(inner, prompts, prefix, pad_token_id, device)
             for row, answer in zip(rows, answers, strict=True):
                 found[row] = _prediction(examples[row].id, answer, settings.stop_token_ids, decode)
+            on_answered(len(found))
     return [found[row] for row in sorted(found)]
 
 

@@ -1,9 +1,10 @@
 """What a rank measures on held-out rows: loss and answers, shared among the ranks, and the gate at the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from trainer.console import ProgressReport, progress
 from trainer.data.batches import held_out_batches
 from trainer.errors import RunError, TrainingFault
 from trainer.evaluate.generate import generate, in_order
@@ -27,7 +28,8 @@ def evaluate_on_test(job: Job, who: str, loss: PackedLoss) -> Summary:
     job.say(f"{who}: measuring {test.rows} test rows")
     held_out = measure_loss(job, loss, test)
     examples = read_examples(job.prepared.test_examples) if config.task.name != "text" else []
-    predictions = answer(job, loss, examples)
+    with progress(f"{who}: answers", len(examples)) as bar:
+        predictions = answer(job, loss, examples, on_answered=partial(_show_answered, job, bar, len(examples)))
     scores = score(config.task.name, examples, predictions, job.prepared.labels) if examples else None
     metrics = scores.metrics if scores else {"perplexity": held_out.perplexity}
     evaluation = Evaluation(
@@ -61,16 +63,29 @@ def measure_loss(job: Job, loss: PackedLoss, split: SplitInfo | None) -> HeldOut
     return held_out_loss(loss, batches, job.ranks.sum_over_ranks)
 
 
-def answer(job: Job, loss: PackedLoss, examples: Sequence[EvaluationExample]) -> list[Prediction]:
+def answer(
+    job: Job,
+    loss: PackedLoss,
+    examples: Sequence[EvaluationExample],
+    *,
+    on_answered: Callable[[int], None] = lambda rows: None,
+) -> list[Prediction]:
     """The model's answers to ``examples``, of which every rank generates its share."""
     if not examples:
         return []
-    share = generate_here(job, loss, examples, rank=job.ranks.rank, world_size=job.ranks.world_size)
+    rank, world_size = job.ranks.rank, job.ranks.world_size
+    share = generate_here(job, loss, examples, on_answered=on_answered, rank=rank, world_size=world_size)
     return in_order(examples, job.ranks.gather(share))
 
 
 def generate_here(
-    job: Job, loss: PackedLoss, examples: Sequence[EvaluationExample], *, rank: int = 0, world_size: int = 1
+    job: Job,
+    loss: PackedLoss,
+    examples: Sequence[EvaluationExample],
+    *,
+    on_answered: Callable[[int], None] = lambda rows: None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[Prediction]:
     """Greedy answers of this process alone."""
     tokenizer = load_tokenizer(job.prepared.tokenizer)
@@ -88,9 +103,16 @@ def generate_here(
         decode=decode,
         device=job.ranks.device,
         compute=partial(compute_context, job.ranks.device, job.compute_dtype),
+        on_answered=on_answered,
         rank=rank,
         world_size=world_size,
     )
+
+
+def _show_answered(job: Job, bar: ProgressReport, total: int, rows: int) -> None:
+    """Show how far all ranks are by how far the first one is."""
+    if job.ranks.is_first:
+        bar.update(min(rows * job.ranks.world_size, total))
 
 
 def check_gate(job: Job) -> None:
