@@ -21,7 +21,7 @@ from trainer.rank.job import STAGES, Job, read_inputs
 from trainer.rank.model import check_model, load_base, make_trainable, optimizer_maker, packed_loss
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
-from trainer.train.checkpoint import load
+from trainer.train.checkpoint.resume import load
 from trainer.train.guard import StopFlag
 
 

@@ -9,7 +9,7 @@ import pytest
 from train_fixtures import Run, make_arena, read_metrics, run_ranks, train_run
 
 from trainer.distributed.ranks import start_ranks
-from trainer.train.checkpoint import published, verify
+from trainer.train.checkpoint.format import published, verify
 
 
 @pytest.fixture(scope="module")

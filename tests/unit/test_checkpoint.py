@@ -15,25 +15,21 @@ from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.errors import NeedsPerson, RunError
 from trainer.fingerprint import digest, file_digest
-from trainer.train import checkpoint
-from trainer.train.checkpoint import (
+from trainer.train.checkpoint import publish
+from trainer.train.checkpoint.format import (
     Checkpoint,
     DamagedCheckpoint,
+    FileInfo,
     FragmentInfo,
     Manifest,
-    SaveFailed,
-    TrainState,
     checkpoint_path,
-    find_agreed,
-    find_resumable,
-    load,
     published,
-    retain,
-    save,
-    state_digest,
     verify,
 )
+from trainer.train.checkpoint.publish import SaveFailed, retain, save
+from trainer.train.checkpoint.resume import find_agreed, find_resumable, load, state_digest
 from trainer.train.optim import make_optimizer
+from trainer.train.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +132,7 @@ def reseal(path: Path, **changes: object) -> None:
     """Make the manifest fit what is in the folder now, as if it had been published so."""
     manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
     files = {
-        file.name: checkpoint.FileInfo(file.stat().st_size, file_digest(file))
+        file.name: FileInfo(file.stat().st_size, file_digest(file))
         for file in sorted(path.iterdir())
         if file.name != "manifest.json"
     }
@@ -326,10 +322,10 @@ def test_everything_is_on_disk_before_the_name_appears(
 ) -> None:
     """Files, then their folder, then the rename, then the folder above."""
     events: list[str] = []
-    real_sync, real_rename = checkpoint._sync_file, Path.rename
-    monkeypatch.setattr(checkpoint, "_sync_file", lambda p: (events.append(p.name), real_sync(p)))
-    monkeypatch.setattr(checkpoint, "fsync_directory", lambda p: events.append(f"folder {p.name}"))
-    monkeypatch.setattr(checkpoint, "write_atomic", lambda p, data: (events.append(p.name), p.write_bytes(data)))
+    real_sync, real_rename = publish._sync_file, Path.rename
+    monkeypatch.setattr(publish, "_sync_file", lambda p: (events.append(p.name), real_sync(p)))
+    monkeypatch.setattr(publish, "fsync_directory", lambda p: events.append(f"folder {p.name}"))
+    monkeypatch.setattr(publish, "write_atomic", lambda p, data: (events.append(p.name), p.write_bytes(data)))
 
     def rename(self: Path, target: Path) -> Path:
         events.append(f"rename to {target.name}")
@@ -353,14 +349,14 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(
 ) -> None:
     strategy = prepared(ranks)
     (before,) = published_at(strategy, tmp_path, 4)
-    real = getattr(checkpoint, where)
+    real = getattr(publish, where)
 
     def no_space(*arguments: object, **named: object) -> None:
         if where != "_publish":
             real(*arguments, **named)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, where, no_space)
+    monkeypatch.setattr(publish, where, no_space)
     with pytest.raises(SaveFailed, match="a checkpoint could not be written") as fault:
         published_at(strategy, tmp_path, 8)
     assert fault.value.problems[0].got == "rank 0: [Errno 28] No space left on device"
@@ -418,8 +414,8 @@ def test_what_is_known_to_be_whole_is_not_read_again(
 ) -> None:
     published_at(prepared(ranks), tmp_path, 1, 2)
     read: list[str] = []
-    real = checkpoint.verify
-    monkeypatch.setattr(checkpoint, "verify", lambda path: (read.append(path.name), real(path))[1])
+    real = publish.verify
+    monkeypatch.setattr(publish, "verify", lambda path: (read.append(path.name), real(path))[1])
     verified = {2}
     retain(tmp_path, keep=2, best=None, verified=verified)
     retain(tmp_path, keep=2, best=None, verified=verified)

@@ -18,10 +18,12 @@ from trainer.data.batches import PlannedStep, TrainingBatches
 from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
-from trainer.train.checkpoint import SaveFailed, TrainState, published, verify
+from trainer.train.checkpoint.format import published, verify
+from trainer.train.checkpoint.publish import SaveFailed
 from trainer.train.guard import Judge, NonFinite, StopFlag
 from trainer.train.loop import Hooks, Outcome, Settings, train, train_step
 from trainer.train.metrics import StepRecord, StepTimer
+from trainer.train.state import TrainState
 
 
 @pytest.fixture(scope="module")

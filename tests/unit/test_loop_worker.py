@@ -19,7 +19,7 @@ from trainer.plan import dump_plan, load_plan
 from trainer.prepare import prepare
 from trainer.rank.job import STAGES
 from trainer.samples import Prepared
-from trainer.train.checkpoint import checkpoint_path, published
+from trainer.train.checkpoint.format import checkpoint_path, published
 from trainer.train.guard import StopFlag
 from trainer.worker import work
 

@@ -29,11 +29,13 @@ from trainer.evaluate.loss import held_out_loss
 from trainer.model.adapters import attach_lora
 from trainer.model.attention import IMPLEMENTATION, register
 from trainer.model.loss import PackedLoss
-from trainer.train.checkpoint import TrainState, find_agreed, find_resumable, load, retain, save
+from trainer.train.checkpoint.publish import retain, save
+from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
 from trainer.train.guard import Judge, StopFlag
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
+from trainer.train.state import TrainState
 from trainer_kernels import ArenaWriter, Schedule, TokenArena
 
 VOCABULARY = 67

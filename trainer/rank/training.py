@@ -17,22 +17,14 @@ from trainer.model.loss import PackedLoss
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import answer, measure_loss
 from trainer.samples import SplitInfo
-from trainer.train.checkpoint import (
-    Checkpoint,
-    DamagedCheckpoint,
-    TrainState,
-    checkpoint_path,
-    find_agreed,
-    find_resumable,
-    load,
-    retain,
-    save,
-    verify,
-)
+from trainer.train.checkpoint.format import Checkpoint, DamagedCheckpoint, checkpoint_path, verify
+from trainer.train.checkpoint.publish import retain, save
+from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
 from trainer.train.guard import Judge
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule
+from trainer.train.state import TrainState
 
 VALIDATIONS = 10
 """About so many validations in a run whose config does not say how often."""

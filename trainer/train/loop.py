@@ -19,9 +19,10 @@ from trainer.data.batches import PlannedStep, TrainingBatches
 from trainer.distributed.seeds import seed_all
 from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
-from trainer.train.checkpoint import SaveFailed, TrainState
+from trainer.train.checkpoint.publish import SaveFailed
 from trainer.train.guard import Judge, NonFinite, StopFlag, non_finite
 from trainer.train.metrics import StepRecord, StepTimer, peak_memory_gb
+from trainer.train.state import TrainState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
