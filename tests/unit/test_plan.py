@@ -27,7 +27,7 @@ from trainer.plan import (
     make_plan,
     stage_inputs,
 )
-from trainer.rules import METRICS
+from trainer.rules.names import METRICS
 
 LAPTOP = Devices(gpus=0, cores=8)
 ROW = '{"prompt": "a", "completion": "b"}\n'

@@ -7,7 +7,7 @@ import pytest
 from trainer.config import LEGAL_TASKS, TaskName
 from trainer.data.legal import tasks as legal
 from trainer.evaluate.score import score
-from trainer.rules import METRICS
+from trainer.rules.names import METRICS
 from trainer.samples import EvaluationExample, Prediction
 
 EXAMPLE = EvaluationExample(id="1", prompt_ids=[1], answer="yes", label="yes")
