@@ -31,6 +31,10 @@ BLOCK_DOCUMENTS = 1 << 20
 """``rfc`` packs stretches of this many documents of the order on their own: bounded memory, and a share of one pack
 lost per million documents."""
 
+STRETCHES = 1 << 20
+"""``ffd`` and ``bfd`` visit documents in seeded order of at most this many stretches of neighbours. Up to as many
+documents that is one by one; with more, looking up every document somewhere else would take most of the time."""
+
 MAX_CAPACITY = 1 << 26
 """Largest capacity; keeps tables by room small and products of a capacity and a pool within 64 bits."""
 
@@ -155,30 +159,44 @@ def plan_rfc(
     """``(items, offsets)`` of random-fill-close over checked ``weights``, each ``block`` of the order on its own."""
     count = len(weights)
     items = np.empty(count, np.int32)
+    stream = np.empty(min(block, count), np.int32)
+    places = np.empty(min(block, count), np.int32)
+    offsets = np.empty(min(block, count) + 1, np.int64)
     parts: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
     for first in range(0, count, block):
-        stop = min(first + block, count)
-        order = permuted(count, seed, epoch, DOCUMENTS, first, stop)
-        offsets = np.empty(stop - first + 1, np.int64)
-        packs = planners.random_fill_close(weights[order], order, capacity, pool, max_docs, items[first:stop], offsets)
+        size = min(block, count - first)
+        order = permuted(count, seed, epoch, DOCUMENTS, first, first + size)
+        planners.gathered(weights, order, stream[:size])
+        packs = planners.random_fill_close(
+            stream[:size].view(np.uint32), capacity, pool, max_docs, places[:size], offsets
+        )
+        planners.gathered(order, places[:size], items[first : first + size])
         parts.append(offsets[1 : packs + 1] + first)
     return items, np.concatenate(parts)
 
 
 def plan_decreasing(
-    weights: NDArray[np.int32], capacity: int, algorithm: Algorithm, *, seed: int, epoch: int, max_docs: int
+    weights: NDArray[np.int32],
+    capacity: int,
+    algorithm: Algorithm,
+    *,
+    seed: int,
+    epoch: int,
+    max_docs: int,
+    stretches: int = STRETCHES,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """``(items, offsets)`` of ``ffd`` or ``bfd`` over all of the checked ``weights``, the packs in seeded order."""
     count = len(weights)
-    order = permuted(count, seed, epoch, DOCUMENTS)
-    items = np.empty(count, np.int32)
-    offsets = np.empty(count + 1, np.int64)
+    width = -(-count // stretches)
+    first = planners.count_weights(weights)
     planner = planners.first_fit_decreasing if algorithm == "ffd" else planners.best_fit_decreasing
-    packs = planner(weights[order], order, capacity, max_docs, items, offsets)
-    new_items = np.empty(count, np.int32)
-    new_offsets = np.empty(packs + 1, np.int64)
-    planners.reorder_packs(items, offsets, permuted(packs, seed, epoch, PACKS), new_items, new_offsets)
-    return new_items, new_offsets
+    runs = planner(first, capacity, max_docs)
+    packs = int(runs.packs.sum())
+    items = np.empty(count, np.int32)
+    offsets = np.empty(packs + 1, np.int64)
+    visits = permuted(-(-count // width), seed, epoch, DOCUMENTS)
+    planners.hand_out(weights, first, visits, width, runs, permuted(packs, seed, epoch, PACKS), np.empty(count, np.int32), items, offsets)
+    return items, offsets
 
 
 def _default_pool(capacity: int, count: int, total: int) -> int:

@@ -1,14 +1,16 @@
 """The three packing algorithms, compiled. ``reference.py`` says in plain Python what each must return, to the number.
 
 All are integers only and take weights (tokens, or time in units of tokens) that the caller has checked: each in
-``[1, capacity]``. They fill ``items`` and ``offsets`` and return the number of packs; pack ``p`` is
-``items[offsets[p]:offsets[p + 1]]``. Arrays are sized by the heaviest document, not by the capacity, where possible.
+``[1, capacity]``. Pack ``p`` is ``items[offsets[p]:offsets[p + 1]]``. Arrays are sized by the heaviest document, not by
+the capacity, where possible.
 
-First- and best-fit decreasing only look at how many documents there are of each weight. So they work on counts: one
-pattern of weights stands for all packs that are filled alike, and documents are dealt to the finished patterns.
+Random-fill-close goes through the documents one by one; what a processor loses there are mispredicted branches and
+chains of writes to one place, so bits are set and cleared without asking. First- and best-fit decreasing only look at
+how many documents there are of each weight: they work on counts, find ``Runs`` of packs that are filled alike, and
+documents are handed out to the finished runs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -47,21 +49,23 @@ def _trailing_zeros(typing_context: Any, value: Any = None) -> Any:
     return types.uint64(types.uint64), generate
 
 
-# A set of small whole numbers with two levels of bits: bit i of `words` is the number i, bit j of `summary` says that
-# words[j] is not zero. Finding the nearest member looks at a handful of words.
+# A set of small whole numbers with two levels of bits: bit i of `words` is the number i; bit j of `summary` is set if
+# words[j] is not zero. It may also be set when words[j] has become zero since: a search that comes by clears it.
+# Finding the nearest member looks at a handful of words.
 
 
 @compiled
 def _insert(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int) -> None:
-    words[number >> 6] |= _1 << np.uint64(number & 63)
-    summary[number >> 12] |= _1 << np.uint64((number >> 6) & 63)
+    word = number >> 6
+    before = words[word]
+    words[word] = before | (_1 << np.uint64(number & 63))
+    if before == 0:
+        summary[word >> 6] |= _1 << np.uint64(word & 63)
 
 
 @compiled
-def _remove(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int) -> None:
-    words[number >> 6] &= ~(_1 << np.uint64(number & 63))
-    if words[number >> 6] == 0:
-        summary[number >> 12] &= ~(_1 << np.uint64((number >> 6) & 63))
+def _remove_if(words: NDArray[np.uint64], number: int, gone: bool) -> None:
+    words[number >> 6] &= ~(np.uint64(gone) << np.uint64(number & 63))
 
 
 @compiled
@@ -69,17 +73,21 @@ def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], numbe
     """The largest member <= ``number`` (which is within the set's range), or -1."""
     word = number >> 6
     bits = words[word] & (_ALL >> np.uint64(63 - (number & 63)))
-    if bits == 0:
-        block = word >> 6
-        above = word & 63
-        upper = summary[block] & ((_1 << np.uint64(above)) - _1)
-        while upper == 0:
+    block = word >> 6
+    lower = (_1 << np.uint64(word & 63)) - _1
+    while bits == 0:
+        upper = summary[block] & lower
+        if upper == 0:
             block -= 1
+            lower = _ALL
             if block < 0:
                 return -1
-            upper = summary[block]
-        word = (block << 6) + np.int64(_63 - _leading_zeros(upper))
+            continue
+        bit = _63 - _leading_zeros(upper)
+        word = (block << 6) + np.int64(bit)
         bits = words[word]
+        if bits == 0:
+            summary[block] &= ~(_1 << bit)
     return (word << 6) + np.int64(_63 - _leading_zeros(bits))
 
 
@@ -88,120 +96,241 @@ def _smallest_from(words: NDArray[np.uint64], summary: NDArray[np.uint64], numbe
     """The smallest member >= ``number`` (which is within the set's range), or -1."""
     word = number >> 6
     bits = words[word] & (_ALL << np.uint64(number & 63))
-    if bits == 0:
-        block = word >> 6
-        below = word & 63
-        upper = np.uint64(0) if below == 63 else summary[block] & (_ALL << np.uint64(below + 1))
-        while upper == 0:
+    block = word >> 6
+    higher = (_ALL << np.uint64(word & 63)) << _1
+    while bits == 0:
+        upper = summary[block] & higher
+        if upper == 0:
             block += 1
+            higher = _ALL
             if block >= summary.size:
                 return -1
-            upper = summary[block]
-        word = (block << 6) + np.int64(_trailing_zeros(upper))
+            continue
+        bit = _trailing_zeros(upper)
+        word = (block << 6) + np.int64(bit)
         bits = words[word]
+        if bits == 0:
+            summary[block] &= ~(_1 << bit)
     return (word << 6) + np.int64(_trailing_zeros(bits))
+
+
+class _Pool(NamedTuple):
+    """The documents that random-fill-close may choose from: the next ones of the stream that are not in a pack.
+
+    Those of one weight are a stretch of a stack (``top`` by weight, ``below`` by place), the newest on top, taken from
+    there to close packs; the stream and the big ones take the oldest. So the top is in the pool whenever ``waiting``,
+    how many there are, is not zero. ``words`` and ``summary`` are the set of weights that have some. ``sums``: the
+    weight of all, and how many are big, that is above ``half``.
+    """
+
+    top: NDArray[np.int32]
+    below: NDArray[np.int32]
+    waiting: NDArray[np.int32]
+    words: NDArray[np.uint64]
+    summary: NDArray[np.uint64]
+    sums: NDArray[np.int64]
+    half: int
+
+
+@compiled
+def _empty_pool(count: int, heaviest: int, half: int) -> _Pool:
+    return _Pool(
+        np.empty(heaviest + 1, np.int32),
+        np.empty(count, np.int32),
+        np.zeros(heaviest + 1, np.int32),
+        np.zeros((heaviest >> 6) + 1, np.uint64),
+        np.zeros((heaviest >> 12) + 1, np.uint64),
+        np.zeros(2, np.int64),
+        half,
+    )
+
+
+@compiled
+def _enter(pool: _Pool, weights: NDArray[np.uint32], first: int, stop: int) -> int:
+    """Put places ``[first, stop)`` into the pool; returns ``stop``, or ``first`` if that is more."""
+    for place in range(first, stop):
+        weight = weights[place]
+        pool.below[place] = pool.top[weight]
+        pool.top[weight] = place
+        pool.waiting[weight] += 1
+        _insert(pool.words, pool.summary, weight)
+        pool.sums[0] += weight
+        pool.sums[1] += weight > pool.half
+    return max(first, stop)
+
+
+@compiled
+def _leave(pool: _Pool, weight: int) -> None:
+    """One document of ``weight`` less."""
+    left = pool.waiting[weight] - 1
+    pool.waiting[weight] = left
+    _remove_if(pool.words, weight, left == 0)
+    pool.sums[0] -= weight
+    pool.sums[1] -= weight > pool.half
+
+
+@compiled
+def _next_big(weights: NDArray[np.uint32], taken: NDArray[np.bool_], place: int, half: int) -> int:
+    """The first place from ``place`` on with a document of more than ``half`` that is not in a pack (there is one)."""
+    while taken[place] or weights[place] <= half:
+        place += 1
+    return place
+
+
+@compiled
+def _fill(
+    pool: _Pool,
+    weights: NDArray[np.uint32],
+    taken: NDArray[np.bool_],
+    head: int,
+    entered: int,
+    room: int,
+    packed: NDArray[np.int32],
+) -> tuple[int, int, int]:
+    """Take the stream from ``head`` on, to one that does not fit, the end of the pool, or that of ``packed``.
+
+    Writes the places of those taken to ``packed``; returns the new head, the room left, and how many were taken.
+    """
+    filled = 0
+    while filled < packed.size and head < entered:
+        if not taken[head]:
+            weight = weights[head]
+            if weight > room:
+                break
+            _leave(pool, weight)
+            room -= weight
+            packed[filled] = head
+            filled += 1
+        head += 1
+    return head, room, filled
+
+
+@compiled
+def _close(
+    pool: _Pool,
+    weights: NDArray[np.uint32],
+    taken: NDArray[np.bool_],
+    entered: int,
+    room: int,
+    packed: NDArray[np.int32],
+) -> tuple[int, int]:
+    """Take the heaviest that fit, the newest of equals, while there is one; for each, one enters the pool.
+
+    Writes their places to ``packed``; returns how many places have entered the pool, and how many were taken.
+    """
+    filled = 0
+    heaviest = pool.top.size - 1
+    while filled < packed.size and room > 0:
+        weight = _largest_up_to(pool.words, pool.summary, min(room, heaviest))
+        if weight < 0:
+            break
+        place = pool.top[weight]
+        pool.top[weight] = pool.below[place]
+        taken[place] = True
+        _leave(pool, weight)
+        room -= weight
+        packed[filled] = place
+        filled += 1
+        entered = _enter(pool, weights, entered, min(entered + 1, weights.size))
+    return entered, filled
 
 
 @compiled
 def random_fill_close(
-    weights: NDArray[np.int32],
-    order: NDArray[np.int32],
+    weights: NDArray[np.uint32],
     capacity: int,
-    pool: int,
+    ahead: int,
     max_docs: int,
-    items: NDArray[np.int32],
+    places: NDArray[np.int32],
     offsets: NDArray[np.int64],
 ) -> int:
-    """Pack the stream ``order`` (document ids; ``weights`` are by place in it), looking ``pool`` documents ahead.
+    """Pack a stream of documents of ``weights``, looking ``ahead`` documents ahead; returns the number of packs.
 
     A pack takes the next documents of the stream until one does not fit, and is closed with the heaviest that fit out
-    of the pool, the newest of equals. The one that did not fit opens the next pack.
+    of the pool, the newest of equals. The one that did not fit opens the next pack. Pack ``p`` is the documents at
+    ``places[offsets[p]:offsets[p + 1]]`` of the stream.
     """
     count = weights.size
-    heaviest = int(weights.max())
-    words = np.zeros((heaviest >> 6) + 1, np.uint64)
-    summary = np.zeros((heaviest >> 12) + 1, np.uint64)
-    # Documents of one weight in the pool are a stretch of a stack: the newest on top, taken from there to close packs;
-    # the stream and the big ones take the oldest. So the top is in the pool whenever `waiting` is not zero.
-    top = np.empty(heaviest + 1, np.int32)
-    below = np.empty(count, np.int32)
-    waiting = np.zeros(heaviest + 1, np.int32)
+    pool = _empty_pool(count, np.int64(weights.max()), capacity // 2)
     taken = np.zeros(count, np.bool_)
-    half = capacity // 2
     entered = 0  # places below this have entered the pool
     head = 0  # no place below this is in the pool
     big_head = 0  # no place below this is in the pool and big
-    bigs = 0
-    volume = 0
     filled = 0
     packs = 0
     offsets[0] = 0
     while filled < count:
-        room = int(capacity)
-        start = filled
-        closing = False
-        while filled - start < max_docs:
-            while entered < count and entered - filled < pool:  # the pool is the next `pool` untaken documents
-                weight = int(weights[entered])
-                below[entered] = top[weight]
-                top[weight] = entered
-                if waiting[weight] == 0:
-                    _insert(words, summary, weight)
-                waiting[weight] += 1
-                volume += weight
-                bigs += weight > half
-                entered += 1
-            if entered == filled:
-                break
-            place = -1
-            if filled == start and bigs > 0 and 100 * bigs * capacity >= BIG_SHARE * volume:
-                while taken[big_head] or weights[big_head] <= half:
-                    big_head += 1
-                place = int(big_head)
-            elif not closing:
-                while taken[head]:
-                    head += 1
-                place = int(head)
-                if weights[place] > room:
-                    closing = True
-            if closing:
-                weight = int(_largest_up_to(words, summary, min(room, heaviest)))
-                if weight < 0:
-                    break
-                place = int(top[weight])
-                top[weight] = below[place]
-            weight = int(weights[place])
-            taken[place] = True
-            waiting[weight] -= 1
-            if waiting[weight] == 0:
-                _remove(words, summary, weight)
-            volume -= weight
-            bigs -= weight > half
-            room -= weight
-            items[filled] = order[place]
+        room = np.int64(capacity)
+        stop = min(count, filled + max_docs)
+        entered = _enter(pool, weights, entered, min(count, filled + ahead))
+        if pool.sums[1] > 0 and 100 * pool.sums[1] * capacity >= BIG_SHARE * pool.sums[0]:
+            big_head = _next_big(weights, taken, big_head, pool.half)
+            taken[big_head] = True
+            _leave(pool, weights[big_head])
+            room -= weights[big_head]
+            places[filled] = big_head
             filled += 1
+        while True:  # again where the pool was too small for one pack
+            known = entered
+            head, room, more = _fill(pool, weights, taken, head, known, room, places[filled:stop])
+            filled += more
+            entered = _enter(pool, weights, known, min(count, filled + ahead))
+            if head < known or entered == known:
+                break
+        entered, more = _close(pool, weights, taken, entered, room, places[filled:stop])
+        filled += more
         packs += 1
         offsets[packs] = filled
     return packs
 
 
 @compiled
-def _deal_by_weight(
-    weights: NDArray[np.int32], order: NDArray[np.int32], heaviest: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Documents sorted by weight, equals in ``order``: those of weight w are ``dealt[first[w]:first[w + 1]]``."""
-    first = np.zeros(heaviest + 2, np.int64)
+def gathered(values: NDArray[np.int32], places: NDArray[np.int32], out: NDArray[np.int32]) -> None:
+    """``out[i] = values[places[i]]``, without the 64-bit copy of ``places`` that NumPy makes."""
+    for index in range(places.size):
+        out[index] = values[places[index]]
+
+
+class Runs(NamedTuple):
+    """Packs that are filled alike: run ``r`` stands for ``packs[r]`` packs, each of ``documents[r]`` documents.
+
+    Each takes ``amount[i]`` documents of ``weight[i]`` for ``i`` in ``[begin[r], begin[r + 1])``, in this order.
+    """
+
+    weight: NDArray[np.int32]
+    amount: NDArray[np.int32]
+    begin: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    packs: NDArray[np.int64]
+
+
+@compiled
+def count_weights(weights: NDArray[np.int32]) -> NDArray[np.int64]:
+    """``first`` int64[heaviest + 2]: sorted by weight, documents of weight w are those in ``[first[w], first[w + 1])``."""
+    first = np.zeros(np.int64(weights.max()) + 2, np.int64)
     for place in range(weights.size):
-        first[weights[place] + 1] += 1
-    for weight in range(heaviest + 1):
+        first[np.uint32(weights[place]) + 1] += 1
+    for weight in range(first.size - 1):
         first[weight + 1] += first[weight]
+    return first
+
+
+@compiled
+def _sorted_by_weight(
+    weights: NDArray[np.int32],
+    first: NDArray[np.int64],
+    stretches: NDArray[np.int32],
+    width: int,
+    dealt: NDArray[np.int32],
+) -> None:
+    """Document ids by weight; equals as they come in ``stretches`` of ``width`` documents in a row."""
     free = first.copy()
-    dealt = np.empty(weights.size, np.int32)
-    for place in range(weights.size):
-        weight = weights[place]
-        dealt[free[weight]] = order[place]
-        free[weight] += 1
-    return first, dealt
+    for index in range(stretches.size):
+        begin = np.int64(stretches[index]) * width
+        for document in range(begin, min(begin + width, weights.size)):
+            weight = np.uint32(weights[document])
+            dealt[free[weight]] = document
+            free[weight] += 1
 
 
 @compiled
@@ -214,83 +343,107 @@ def _nearest_left(nearest: NDArray[np.int32], number: int) -> int:
 
 
 @compiled
-def first_fit_decreasing(
-    weights: NDArray[np.int32],
-    order: NDArray[np.int32],
-    capacity: int,
-    max_docs: int,
-    items: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-) -> int:
+def first_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int) -> Runs:
     """Exact first-fit decreasing. Its first pack is "the heaviest that fits, again and again", and so is the next.
 
-    Documents of one weight go to packs in ``order``. A pattern is repeated while its documents last.
+    A pattern is repeated while its documents last.
     """
-    heaviest = int(weights.max())
-    first, dealt = _deal_by_weight(weights, order, heaviest)
-    next_of = first[:-1].copy()
+    heaviest = first.size - 2
+    count = first[heaviest + 1]
     left = first[1:] - first[:-1]
     nearest = np.arange(heaviest + 1).astype(np.int32)
     for weight in range(1, heaviest + 1):
         if left[weight] == 0:
             nearest[weight] = weight - 1
-    widest = min(int(weights.size), capacity) + 1
-    pattern_weight = np.empty(widest, np.int32)
-    pattern_count = np.empty(widest, np.int64)
-    packs = 0
-    filled = 0
-    offsets[0] = 0
-    while filled < weights.size:
+    runs = _no_runs(count)
+    parts = 0
+    size = 0
+    weight = int(_nearest_left(nearest, heaviest))
+    while weight > 0:
         room = int(capacity)
         places = int(max_docs)
-        size = 0
-        repeats = int(weights.size)
-        weight = int(_nearest_left(nearest, heaviest))
+        repeats = int(count)
+        begin = parts
         while weight > 0 and places > 0:
-            count = min(left[weight], room // weight, places)
-            pattern_weight[size] = weight
-            pattern_count[size] = count
-            size += 1
-            repeats = min(repeats, left[weight] // count)
-            room -= count * weight
-            places -= count
+            amount = min(left[weight], room // weight, places)
+            runs.weight[parts] = weight
+            runs.amount[parts] = amount
+            parts += 1
+            repeats = min(repeats, left[weight] // amount)
+            room -= amount * weight
+            places -= amount
             weight = int(_nearest_left(nearest, min(room, weight - 1)))
-        for _ in range(repeats):
-            for part in range(size):
-                weight = pattern_weight[part]
-                for _copy in range(pattern_count[part]):
-                    items[filled] = dealt[next_of[weight]]
-                    next_of[weight] += 1
-                    filled += 1
-            packs += 1
-            offsets[packs] = filled
-        for part in range(size):
-            weight = pattern_weight[part]
-            left[weight] -= repeats * pattern_count[part]
+        for part in range(begin, parts):
+            weight = runs.weight[part]
+            left[weight] -= repeats * runs.amount[part]
             if left[weight] == 0:
                 nearest[weight] = weight - 1
-    return packs
+        runs.documents[size] = max_docs - places
+        runs.packs[size] = repeats
+        size += 1
+        runs.begin[size] = parts
+        weight = int(_nearest_left(nearest, heaviest))
+    return _trimmed(runs, size)
 
 
 @compiled
-def _best_fit_patterns(
-    first: NDArray[np.int64], count: int, capacity: int, max_docs: int
-) -> tuple[NDArray[np.int32], ...]:
-    """What best-fit decreasing makes of ``first[w + 1] - first[w]`` documents of each weight w, as a forest.
+def _no_runs(count: int) -> Runs:
+    """Room for all runs of ``count`` documents: every part of a run takes at least one, so there are at most that."""
+    runs = Runs(
+        np.empty(count, np.int32),
+        np.empty(count, np.int32),
+        np.empty(count + 1, np.int64),
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+    )
+    runs.begin[0] = 0
+    return runs
 
-    A node is a step in the filling of one or many packs alike: ``amount`` documents of ``weight_of`` on top of
-    ``parent`` (0: an empty pack); ``alike`` packs have stopped there. Nodes with the same room are a stack (``top`` by
-    room, ``below``; 0 ends it), and among equal rooms the latest is filled first. ``top[0]`` are the closed ones.
+
+@compiled
+def _trimmed(runs: Runs, size: int) -> Runs:
+    parts = runs.begin[size]
+    return Runs(
+        runs.weight[:parts],
+        runs.amount[:parts],
+        runs.begin[: size + 1],
+        runs.documents[:size],
+        runs.packs[:size],
+    )
+
+
+class _Forest(NamedTuple):
+    """How best-fit decreasing fills packs. Node 0 is an empty pack.
+
+    Another node is a step in the filling of one or many packs alike: ``amount`` documents of ``weight`` on top of
+    ``parent``; ``alike`` packs have stopped there, with ``documents`` each. Nodes with the same room are a stack
+    (``top`` by room, ``below``; 0 ends it), and among equal rooms the latest is filled first. ``top[0]`` are closed.
     """
-    parent = np.empty(count + 1, np.int32)  # each node takes at least one document, so there are at most `count`
-    weight_of = np.empty(count + 1, np.int32)
-    amount = np.empty(count + 1, np.int32)
-    alike = np.empty(count + 1, np.int32)
-    below = np.empty(count + 1, np.int32)
-    documents = np.empty(count + 1, np.int32)  # in one pack at this node
-    parent[0] = weight_of[0] = amount[0] = alike[0] = below[0] = documents[0] = 0
+
+    parent: NDArray[np.int32]
+    weight: NDArray[np.int32]
+    amount: NDArray[np.int32]
+    alike: NDArray[np.int32]
+    documents: NDArray[np.int32]
+    below: NDArray[np.int32]
+    top: NDArray[np.int32]
+
+
+@compiled
+def _grown_forest(first: NDArray[np.int64], capacity: int, max_docs: int) -> _Forest:
+    size = first[first.size - 1] + 1  # each node takes at least one document
+    forest = _Forest(
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.zeros(capacity + 1, np.int32),
+    )
+    forest.documents[0] = 0
     nodes = 1
-    top = np.zeros(capacity + 1, np.int32)
+    top = forest.top
     words = np.zeros((capacity >> 6) + 1, np.uint64)  # rooms that have open packs
     summary = np.zeros((capacity >> 12) + 1, np.uint64)
     for weight in range(first.size - 2, 0, -1):
@@ -303,90 +456,101 @@ def _best_fit_patterns(
                 room = capacity
             else:
                 base = int(top[room])
-                packs = int(alike[base])
-            fits = min(room // weight, int(max_docs - documents[base]))
-            packs = min(packs, left // fits)
-            take = fits
+                packs = int(forest.alike[base])
+            take = min(room // weight, int(max_docs - forest.documents[base]))
+            packs = min(packs, left // take)
             if packs == 0:  # fewer left than one pack takes
                 packs = 1
                 take = left
             if base > 0:
-                alike[base] -= packs
-                if alike[base] == 0:
-                    top[room] = below[base]
-                    if top[room] == 0:
-                        _remove(words, summary, room)
+                forest.alike[base] -= packs
+                if forest.alike[base] == 0:
+                    top[room] = forest.below[base]
+                    _remove_if(words, room, top[room] == 0)
             left -= packs * take
-            parent[nodes] = base
-            weight_of[nodes] = weight
-            amount[nodes] = take
-            documents[nodes] = documents[base] + take
-            alike[nodes] = packs
-            rest = room - take * weight if documents[nodes] < max_docs else 0
-            below[nodes] = top[rest]
+            forest.parent[nodes] = base
+            forest.weight[nodes] = weight
+            forest.amount[nodes] = take
+            forest.documents[nodes] = forest.documents[base] + take
+            forest.alike[nodes] = packs
+            rest = room - take * weight if forest.documents[nodes] < max_docs else 0
+            forest.below[nodes] = top[rest]
             top[rest] = nodes
             if rest > 0:
                 _insert(words, summary, rest)
             nodes += 1
-    return parent, weight_of, amount, alike, below, top
+    return forest
 
 
 @compiled
-def best_fit_decreasing(
-    weights: NDArray[np.int32],
-    order: NDArray[np.int32],
-    capacity: int,
-    max_docs: int,
-    items: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-) -> int:
+def best_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int) -> Runs:
     """Exact best-fit decreasing: each document goes to the pack with the least room that still takes it.
 
-    Closed packs (full, or with ``max_docs``) come out first, then by room, the latest of equals first; documents of
-    one weight are dealt to them in ``order``.
+    Closed packs (full, or with ``max_docs``) come first, then by room, the latest of equals first.
     """
-    next_of, dealt = _deal_by_weight(weights, order, int(weights.max()))
-    parent, weight_of, amount, alike, below, top = _best_fit_patterns(next_of, weights.size, capacity, max_docs)
-    path = np.empty(min(int(weights.size), capacity) + 1, np.int32)
-    packs = 0
-    filled = 0
-    offsets[0] = 0
+    forest = _grown_forest(first, capacity, max_docs)
+    runs = _no_runs(first[first.size - 1])
+    parts = 0
+    size = 0
     for room in range(capacity + 1):
-        node = top[room]
+        node = forest.top[room]
         while node > 0:
-            depth = 0
+            begin = parts
             step = node
             while step > 0:
-                path[depth] = step
-                depth += 1
-                step = parent[step]
-            for _ in range(alike[node]):
-                for index in range(depth - 1, -1, -1):
-                    weight = weight_of[path[index]]
-                    for _copy in range(amount[path[index]]):
-                        items[filled] = dealt[next_of[weight]]
-                        next_of[weight] += 1
-                        filled += 1
-                packs += 1
-                offsets[packs] = filled
-            node = below[node]
-    return packs
+                runs.weight[parts] = forest.weight[step]
+                runs.amount[parts] = forest.amount[step]
+                parts += 1
+                step = forest.parent[step]
+            runs.weight[begin:parts] = runs.weight[begin:parts][::-1].copy()
+            runs.amount[begin:parts] = runs.amount[begin:parts][::-1].copy()
+            runs.documents[size] = forest.documents[node]
+            runs.packs[size] = forest.alike[node]
+            size += 1
+            runs.begin[size] = parts
+            node = forest.below[node]
+    return _trimmed(runs, size)
 
 
 @compiled
-def reorder_packs(
+def hand_out(
+    weights: NDArray[np.int32],
+    first: NDArray[np.int64],
+    stretches: NDArray[np.int32],
+    width: int,
+    runs: Runs,
+    order: NDArray[np.int32],
+    dealt: NDArray[np.int32],
     items: NDArray[np.int32],
     offsets: NDArray[np.int64],
-    order: NDArray[np.int32],
-    new_items: NDArray[np.int32],
-    new_offsets: NDArray[np.int64],
 ) -> None:
-    """The same packs in another order: pack ``order[p]`` comes to place ``p``."""
-    filled = 0
-    new_offsets[0] = 0
+    """Give the documents to the packs of ``runs``, pack ``order[p]`` to place ``p`` of ``items`` and ``offsets``.
+
+    Documents of one weight go to runs, and within a run to packs, as they come in ``stretches`` of ``width`` documents.
+    """
+    _sorted_by_weight(weights, first, stretches, width, dealt)
+    place_of = np.empty(order.size, np.int32)
     for place in range(order.size):
-        pack = order[place]
-        for index in range(offsets[pack], offsets[pack + 1]):
-            new_items[filled] = items[index]
-            filled += 1
-        new_offsets[place + 1] = filled
+        place_of[order[place]] = place
+    offsets[0] = 0
+    pack = 0
+    for run in range(runs.packs.size):
+        for _ in range(runs.packs[run]):
+            offsets[place_of[pack] + 1] = runs.documents[run]
+            pack += 1
+    for place in range(order.size):
+        offsets[place + 1] += offsets[place]
+    next_of = first.copy()
+    pack = 0
+    for run in range(runs.packs.size):
+        for _ in range(runs.packs[run]):
+            filled = offsets[place_of[pack]]
+            for part in range(runs.begin[run], runs.begin[run + 1]):
+                weight = np.uint32(runs.weight[part])
+                source = next_of[weight]
+                amount = runs.amount[part]
+                for copy in range(amount):
+                    items[filled + copy] = dealt[source + copy]
+                next_of[weight] = source + amount
+                filled += amount
+            pack += 1

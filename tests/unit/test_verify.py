@@ -121,6 +121,33 @@ def test_full_fine_tuning_is_verified_without_an_adapter(made: Made, tmp_path: P
     assert found[0].base_difference is None
 
 
+def test_a_merged_model_may_differ_by_the_rounding_of_its_weights(made: Made, tmp_path: Path):
+    model = tuned_lora(made.base)
+    inference = inference_of(model, made.base, dtype="bfloat16")
+    export_merged(
+        model,
+        tmp_path / "merged",
+        tokenizer=made.base,
+        inference=inference,
+        base_directory=made.base,
+        dtype=torch.bfloat16,
+        max_shard_gb=5.0,
+    )
+    found = verify_merged(tmp_path / "merged", CPU)
+    assert 0 < found.difference < found.tolerance == verify.ROUNDED["bfloat16"]
+    perturb("model.norm.weight", 0.2)(tmp_path / "merged")
+    with pytest.raises(TrainingFault, match=r"allowed: up to 0\.5, 0\.05 on average; computed in float32, stored in b"):
+        verify_merged(tmp_path / "merged", CPU)
+
+
+def test_without_room_for_float32_all_is_compared_in_16_bits(made: Made, tmp_path: Path):
+    folder = copy_of(made, "adapter", tmp_path)
+    narrow = dataclasses.replace(read_inference(folder), dtype="bfloat16", golden_dtype="bfloat16")
+    (folder / INFERENCE).write_bytes(msgspec.json.encode(narrow))
+    found = verify_adapter(folder, made.base, CPU)
+    assert 1e-3 < found.difference < found.tolerance == verify.IN_16_BITS["bfloat16"]
+
+
 def scale_adapter(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))

@@ -52,11 +52,15 @@ from trainer.plan import load_plan, stage_inputs
 from trainer.samples import Prepared
 
 SAME_WEIGHTS = 0.002
-"""Largest allowed difference of a log-probability (nats) in float32 between a model and its reloaded copy."""
-ROUNDED: dict[str, float] = {"float32": SAME_WEIGHTS, "bfloat16": 2.0, "float16": 0.1}
-"""The same where the copy's weights were rounded to this dtype, once merged."""
+"""Largest allowed difference of a log-probability (nats) in float32 between a model and its reloaded copy.
+
+All figures here were measured on SmolLM2-135M after the built-in LoRA job, on a CPU, over the five likeliest tokens of
+each place, unlikely ones among them. Here: 0; the base without the adapter 15.6.
+"""
+ROUNDED: dict[str, float] = {"float32": SAME_WEIGHTS, "bfloat16": 0.5, "float16": 0.1}
+"""The same where the copy's weights were rounded to this dtype, once merged. bfloat16: 0.10, mean 0.022."""
 IN_16_BITS: dict[str, float] = {"bfloat16": 2.0, "float16": 0.1}
-"""The same where there was no memory for float32, and all was computed in this dtype."""
+"""The same where there was no memory for float32, and all was computed in this dtype. bfloat16: 0.75, mean 0.09."""
 NEAR_TIE: dict[str, float] = {"float32": 0.0005, "bfloat16": 0.5, "float16": 0.025}
 """Two tokens this near to each other may change places in an answer that is computed in this dtype."""
 
