@@ -117,7 +117,7 @@ def test_an_experiment_builds_on_another(tmp_path: Path) -> None:
     write(tmp_path / "conf/experiment/team/a.yaml", "# @package _global_\ndefaults: [/experiment/mine, _self_]\n")
     write(tmp_path / "conf/experiment/team/b.yaml", "# @package _global_\ndefaults: [a, _self_]\nmethod: {alpha: 1}\n")
     config = composed(tmp_path, "experiment=team/b")
-    assert (config.method.rank, config.method.alpha, config.data.max_train_rows) == (2, 1.0, 480)
+    assert (config.method.rank, config.method.alpha, config.data.max_train_rows) == (2, 1.0, 640)
     assert config.run.name == "b"
 
 
