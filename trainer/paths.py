@@ -53,6 +53,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     fsync_directory(path.parent)
 
 
+def fsync_file(path: Path) -> None:
+    """Make what a library wrote into ``path`` durable."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def fsync_directory(folder: Path) -> None:
     """Make the entries of ``folder`` durable (POSIX: a rename is only safe once its folder is synced)."""
     handle = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
 """The types that flow from a data file to the loss and to the evaluation, in the order in which a sample takes them.
 
     Record -> Conversation -> TokenizedExample -> (arena) -> PackedBatch        training and validation loss
-                           -> EvaluationExample -> Prediction                   generation and scores
+                           -> EvaluationExample -> Prediction -> EvaluationRecord   generation and scores
 
 A reader follows these types instead of dictionaries of guesses. ``TokenArena`` and ``PackedBatch`` come from
 ``trainer_kernels``. Everything here is plain data: no torch, no transformers, so the driver may read it.
@@ -94,6 +94,22 @@ class Prediction:
     text: str
     token_ids: list[int]
     stopped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """One model on the frozen test split: ``metrics`` of all ``rows``; ``by_slice``: column -> value -> the same.
+
+    ``loss`` is nats per target token over ``targets`` tokens (None: not measured); ``seconds`` is wall time.
+    """
+
+    task: str
+    rows: int
+    metrics: dict[str, float]
+    by_slice: dict[str, dict[str, dict[str, float]]]
+    loss: float | None
+    targets: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

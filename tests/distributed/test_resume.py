@@ -6,25 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_fixtures import Run, make_arena, read_metrics, run_ranks, train_run
+from train_fixtures import Run, read_metrics, run_ranks, train_run, with_data
 
 from trainer.distributed.ranks import start_ranks
 from trainer.train.checkpoint.format import published, verify
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_arena(folder / "train")
-    make_arena(folder / "validation", documents=12, seed=9)
-    return folder
-
-
-def with_data(folder: Path, data: Path) -> str:
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "validation"):
-        (folder / split).symlink_to(data / split)
-    return str(folder)
 
 
 def bits(folder: Path) -> list[dict[str, float]]:
@@ -53,7 +38,7 @@ def test_a_stopped_and_killed_run_equals_a_straight_one(tmp_path: Path, data: Pa
     resume that forgot the count would not.
     """
     run = Run(
-        folder=with_data(tmp_path / "straight", data),
+        folder=str(with_data(tmp_path / "straight", data)),
         lora=world_size == 1,
         dropout=0.1,
         world_size=world_size,
@@ -63,7 +48,7 @@ def test_a_stopped_and_killed_run_equals_a_straight_one(tmp_path: Path, data: Pa
     assert codes(run) == [0] * world_size
     assert len(bits(tmp_path / "straight")) == 20
 
-    other = replace(run, folder=with_data(tmp_path / "other", data))
+    other = replace(run, folder=str(with_data(tmp_path / "other", data)))
     stopped = run_ranks(replace(other, stop_at=8, stop_rank=world_size - 1))
     assert [code for code, _ in stopped] == [75] * world_size, stopped
     assert all("stopped after step 8; the state is saved" in output for _, output in stopped)
@@ -81,9 +66,9 @@ def test_a_stopped_and_killed_run_equals_a_straight_one(tmp_path: Path, data: Pa
 
 def test_a_run_goes_on_at_another_world_size(tmp_path: Path, data: Path) -> None:
     """One rank, then two, then one again: the course of one rank alone, up to the order of sums."""
-    run = Run(folder=with_data(tmp_path / "alone", data), dropout=0.1, lr=1e-3, epochs=2.0)
+    run = Run(folder=str(with_data(tmp_path / "alone", data)), dropout=0.1, lr=1e-3, epochs=2.0)
     assert codes(run) == [0]
-    moved = replace(run, folder=with_data(tmp_path / "moved", data))
+    moved = replace(run, folder=str(with_data(tmp_path / "moved", data)))
     assert codes(replace(moved, stop_at=5)) == [75]
     assert codes(replace(moved, world_size=2, stop_at=10)) == [75, 75]
     assert codes(moved) == [0]

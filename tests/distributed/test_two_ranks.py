@@ -5,25 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_fixtures import Run, make_arena, read_metrics, run_ranks, train_run
+from train_fixtures import Run, read_metrics, run_ranks, train_run, with_data
 
 from trainer.distributed.ranks import start_ranks
 from trainer.train.checkpoint.format import published
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_arena(folder / "train")
-    make_arena(folder / "validation", documents=12, seed=9)
-    return folder
-
-
-def with_data(folder: Path, data: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "validation"):
-        (folder / split).symlink_to(data / split)
-    return folder
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_fixtures import Run, make_arena, read_metrics, train_run
+from train_fixtures import Run, make_data, read_metrics, train_run
 
 from trainer.distributed.ranks import start_ranks
 
@@ -20,8 +20,7 @@ LARGEST, MEAN = 2e-4, 2e-5
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_curve_is_the_one_we_know(tmp_path: Path, update_golden: bool, lora: bool) -> None:
-    make_arena(tmp_path / "train")
-    make_arena(tmp_path / "validation", documents=12, seed=9)
+    make_data(tmp_path)
     train_run(Run(folder=str(tmp_path), lora=lora, dropout=0.1, lr=1e-3), start_ranks(device="cpu", world_size=1))
     lines = read_metrics(tmp_path)
     curve = {name: [line[name] for line in lines if name in line] for name in ("loss", "grad_norm", "val_loss", "lr")}

@@ -18,7 +18,6 @@ from trainer.export.lineage import (
     CodeRecord,
     DataRecord,
     EnvironmentRecord,
-    EvaluationRecord,
     FileRecord,
     Lineage,
     SplitRecord,
@@ -30,7 +29,7 @@ from trainer.export.weights import export_adapter, export_merged
 from trainer.markers import is_current
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
-from trainer.samples import BaseModel, Dropped, SourceInfo
+from trainer.samples import BaseModel, Dropped, EvaluationRecord, SourceInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "card"
 

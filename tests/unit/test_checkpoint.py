@@ -322,8 +322,8 @@ def test_everything_is_on_disk_before_the_name_appears(
 ) -> None:
     """Files, then their folder, then the rename, then the folder above."""
     events: list[str] = []
-    real_sync, real_rename = publish._sync_file, Path.rename
-    monkeypatch.setattr(publish, "_sync_file", lambda p: (events.append(p.name), real_sync(p)))
+    real_sync, real_rename = publish.fsync_file, Path.rename
+    monkeypatch.setattr(publish, "fsync_file", lambda p: (events.append(p.name), real_sync(p)))
     monkeypatch.setattr(publish, "fsync_directory", lambda p: events.append(f"folder {p.name}"))
     monkeypatch.setattr(publish, "write_atomic", lambda p, data: (events.append(p.name), p.write_bytes(data)))
 

@@ -12,7 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from train_fixtures import Run, make_arena, make_source, read_metrics, tiny_loss, tiny_strategy, train_run, weights_of
+from train_fixtures import (
+    Run,
+    make_data,
+    make_source,
+    read_metrics,
+    tiny_loss,
+    tiny_strategy,
+    train_run,
+    weights_of,
+    with_data,
+)
 
 from trainer.data.batches import PlannedStep, TrainingBatches
 from trainer.distributed.ranks import Ranks, start_ranks
@@ -33,18 +43,13 @@ def ranks() -> Ranks:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_arena(folder / "train")
-    make_arena(folder / "validation", documents=12, seed=9)
-    return folder
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
     """A run folder with the data in it."""
-    for split in ("train", "validation"):
-        (tmp_path / split).symlink_to(data / split)
-    return tmp_path
+    return with_data(tmp_path, data)
 
 
 def times(factor: Callable[[], float]) -> Callable[[nn.Module, object, torch.Tensor], torch.Tensor]:

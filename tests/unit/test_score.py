@@ -221,7 +221,7 @@ def test_unreadable_evaluations_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"zero_shot\.json: cannot read an evaluation"):
         load_evaluation(tmp_path, "zero_shot")
     (tmp_path / "tuned.json").write_text("{}")
-    with pytest.raises(DataError, match="missing required field `who`"):
+    with pytest.raises(DataError, match="missing required field `task`"):
         load_evaluation(tmp_path, "tuned")
     (tmp_path / "tuned.predictions.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"tuned\.predictions\.jsonl: cannot read an evaluation"):

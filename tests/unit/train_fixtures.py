@@ -84,6 +84,21 @@ def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
         return writer.close({})
 
 
+def make_data(folder: Path) -> Path:
+    """The arenas of both splits, in ``folder``."""
+    make_arena(folder / "train")
+    make_arena(folder / "validation", documents=12, seed=9)
+    return folder
+
+
+def with_data(folder: Path, data: Path) -> Path:
+    """A run folder with links to the arenas in ``data``, so that several runs see the same data."""
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation"):
+        (folder / split).symlink_to(data / split)
+    return folder
+
+
 def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: float, max_steps: int | None) -> Schedule:
     """A schedule of ``packs`` per step of 96 tokens each."""
     return training_schedule(

@@ -30,13 +30,7 @@ class Request:
 def read_command_line(overrides: Sequence[str], library: Library, found: list[Problem]) -> Request:
     """Sort overrides into experiment, choices and values; what is wrong with one goes to ``found`` and is left out."""
     request = Request()
-    parser = OverridesParser.create()
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            found.append(_unreadable(text, library))
-            continue
+    for text, override in _parsed(overrides, library, found):
         key = override.key_or_group
         problem = _refused(override, text)
         if problem is not None:
@@ -48,6 +42,18 @@ def read_command_line(overrides: Sequence[str], library: Library, found: list[Pr
         else:
             request.values.append(override)
     return request
+
+
+def _parsed(overrides: Sequence[str], library: Library, found: list[Problem]) -> Iterator[tuple[str, Override]]:
+    """Yield every override as typed and as read; the problem of one that cannot be read goes to ``found``."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            found.append(_unreadable(text, library))
+        else:
+            yield text, override
 
 
 def _unreadable(text: str, library: Library) -> Problem:
@@ -136,14 +142,8 @@ def _elsewhere(name: str) -> str:
 
 def multirun(overrides: Sequence[str], library: Library, found: list[Problem]) -> list[list[str]]:
     """Return one list of overrides per run of ``a=1,2 b=3,4``; the last key varies fastest."""
-    parser = OverridesParser.create()
     columns: list[list[str]] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            found.append(_unreadable(text, library))
-            continue
+    for text, override in _parsed(overrides, library, found):
         if override.is_interval_sweep():
             allowed, do = "a list of values: a=1,2, range(1,4), choice(a,b)", "name the values"
             found.append(Problem(what="has no fixed values", where="command line", got=text, allowed=allowed, do=do))

@@ -31,7 +31,7 @@ from sklearn.metrics import f1_score
 from trainer.config import TaskName
 from trainer.errors import DataError, TrimtabError
 from trainer.paths import write_atomic
-from trainer.samples import EvaluationExample, Prediction
+from trainer.samples import EvaluationExample, EvaluationRecord, Prediction
 
 NO_LABEL = ""
 """What stands for an answer that is none of the labels."""
@@ -49,20 +49,10 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """``evaluation/<who>.json``: one model on the frozen test split.
-
-    ``loss`` is nats per target token over ``targets`` tokens (None: not measured); ``seconds`` is wall time.
-    """
+class Evaluation(EvaluationRecord):
+    """``evaluation/<who>.json``: the record, and whose it is ("zero_shot", "tuned")."""
 
     who: str
-    task: str
-    rows: int
-    metrics: dict[str, float]
-    by_slice: dict[str, dict[str, dict[str, float]]]
-    loss: float | None
-    targets: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

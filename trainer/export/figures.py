@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.export.lineage import EvaluationRecord
+from trainer.samples import EvaluationRecord
 
 METRICS = {
     "exact_match": "exact match",

@@ -1,8 +1,9 @@
 """What is known to be weak about a model, derived from the figures of its run: no sentence without a reason in them."""
 
 from trainer.export.figures import LOWER_IS_BETTER, METRICS, is_better, main_metric
-from trainer.export.lineage import EvaluationRecord, Lineage
+from trainer.export.lineage import Lineage
 from trainer.export.markdown import escape
+from trainer.samples import EvaluationRecord
 
 TUNED = "tuned"
 SMALL_SLICE = 10

@@ -21,7 +21,7 @@ from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan
 from trainer.redaction import redact
-from trainer.samples import BaseModel, Dropped, Prepared, SourceInfo, SplitInfo
+from trainer.samples import BaseModel, Dropped, EvaluationRecord, Prepared, SourceInfo, SplitInfo
 
 FORMAT = 1
 CARD = "README.md"
@@ -66,19 +66,6 @@ class TrainingRecord:
     best_validation_loss: float | None
     best_step: int | None
     tokens_per_second: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationRecord:
-    """One model on the frozen test split (``evaluation/<who>.json``)."""
-
-    task: str
-    rows: int
-    metrics: dict[str, float]
-    by_slice: dict[str, dict[str, dict[str, float]]]
-    loss: float | None
-    targets: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

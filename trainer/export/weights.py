@@ -10,11 +10,9 @@ stored: the sum is rounded to that dtype either way.
 """
 
 import errno
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -23,7 +21,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from trainer.errors import ModelError, RunError, TrainingFault
 from trainer.export.inference import (
@@ -33,7 +30,8 @@ from trainer.export.inference import (
     load_plain_tokenizer,
     write_serving_files,
 )
-from trainer.paths import fsync_directory
+from trainer.model.quiet import without_progress_bars
+from trainer.paths import fsync_directory, fsync_file
 
 HEADROOM_BYTES = 64_000_000
 """Tokenizer, config and the rest beside the weights."""
@@ -127,7 +125,7 @@ def export_merged(
     whole.generation_config = generation_config(inference, bos_token_id(load_plain_tokenizer(tokenizer)))
 
     def fill(stage: Path) -> None:
-        with _no_bars():
+        with without_progress_bars():
             whole.save_pretrained(str(stage), max_shard_size=f"{round(max_shard_gb * 1000)}MB")
         write_serving_files(stage, tokenizer=tokenizer, inference=inference)
         compare_with_base(stage, base_directory, whole)
@@ -266,7 +264,7 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(stage)
         for file in stage.rglob("*"):
             if file.is_file():
-                _fsync(file)
+                fsync_file(file)
         fsync_directory(stage)
         if folder.exists():
             folder.rename(stage.with_name(f".{folder.name}.old"))
@@ -362,20 +360,3 @@ def _size(folder: Path) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers inside; ranks write to a pipe."""
-    before = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()

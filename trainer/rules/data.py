@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from trainer.config import LEGAL_TASKS, Config, DataConfig
-from trainer.errors import Problem, nearest
+from trainer.errors import Problem
 from trainer.rules.names import HUB_DATA
-from trainer.rules.no_effect import no_effect
+from trainer.rules.problems import no_effect, not_among
 
 _FILES_ONLY = (
     "train",
@@ -127,12 +127,9 @@ def legal_rules(config: Config) -> Iterator[Problem]:
         )
     for task in dict.fromkeys(tasks):
         if task not in LEGAL_TASKS:
-            yield Problem(
-                what="unknown legal task",
-                where="data.tasks",
-                got=task,
-                allowed=", ".join(LEGAL_TASKS),
-                do=nearest(task, tuple(LEGAL_TASKS)) or "choose from these",
+            known = tuple(LEGAL_TASKS)
+            yield not_among(
+                "unknown legal task", where="data.tasks", got=task, allowed=known, otherwise="choose from these"
             )
         elif config.task.name not in (*LEGAL_TASKS[task], "chat"):
             wanted = LEGAL_TASKS[task][0]

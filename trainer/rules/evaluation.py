@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from trainer.config import Config
-from trainer.errors import Problem, nearest
+from trainer.errors import Problem
 from trainer.rules.names import METRICS
-from trainer.rules.no_effect import changed, no_effect
+from trainer.rules.problems import changed, no_effect, not_among
 
 
 def task_rules(config: Config) -> Iterator[Problem]:
@@ -45,13 +45,9 @@ def validation_rules(config: Config) -> Iterator[Problem]:
     evaluation = config.eval
     metrics = METRICS[config.task.name]
     if evaluation.metric not in metrics:
-        yield Problem(
-            what=f"is not measured for task.name={config.task.name}",
-            where="eval.metric",
-            got=evaluation.metric,
-            allowed=", ".join(metrics),
-            do=nearest(evaluation.metric, metrics) or "choose one of these",
-        )
+        what = f"is not measured for task.name={config.task.name}"
+        otherwise = "choose one of these"
+        yield not_among(what, where="eval.metric", got=evaluation.metric, allowed=metrics, otherwise=otherwise)
     elif evaluation.metric != "loss" and evaluation.generate_rows == 0:
         yield Problem(
             what="needs answers, and none are generated during training",

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 
 from trainer.config import Config, MethodConfig
-from trainer.errors import Problem, nearest
+from trainer.errors import Problem
 from trainer.rules.names import BUILTIN_MODELS, is_hub_model
-from trainer.rules.no_effect import no_effect
+from trainer.rules.problems import no_effect, not_among
 
 _LORA_ONLY = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "dora", "adapter")
 _FROM_ADAPTER = ("rank", "alpha", "targets", "layers", "rslora", "dora")
@@ -19,12 +19,9 @@ def model_rules(config: Config) -> Iterator[Problem]:
     model = config.model
     builtin = model.path.startswith("builtin:")
     if builtin and model.path not in BUILTIN_MODELS:
-        yield Problem(
-            what="unknown built-in model",
-            where="model.path",
-            got=model.path,
-            allowed=", ".join(BUILTIN_MODELS),
-            do=nearest(model.path, BUILTIN_MODELS) or "choose one of these, a folder, or a Hub id",
+        otherwise = "choose one of these, a folder, or a Hub id"
+        yield not_among(
+            "unknown built-in model", where="model.path", got=model.path, allowed=BUILTIN_MODELS, otherwise=otherwise
         )
     if model.revision is not None and not is_hub_model(model.path):
         yield Problem(

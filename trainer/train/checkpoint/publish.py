@@ -5,7 +5,6 @@ all ranks have agreed that theirs is good, rank 0 renames it once. Old ones are 
 published, and only verified ones count.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.strategy import Strategy
 from trainer.errors import RunError
 from trainer.fingerprint import digest, file_digest
-from trainer.paths import fsync_directory, write_atomic
+from trainer.paths import fsync_directory, fsync_file, write_atomic
 from trainer.train.checkpoint.format import (
     FORMAT,
     DamagedCheckpoint,
@@ -128,7 +127,7 @@ def _write_rank(strategy: Strategy, staged: Path) -> None:
     weights = listing.with_suffix(".safetensors")
     save_file(tensors, weights)
     weights.chmod(listing.stat().st_mode & 0o777)  # safetensors makes 0600, and a run folder is often a group's
-    _sync_file(weights)
+    fsync_file(weights)
 
 
 def _publish(ranks: Ranks, staged: Path, final: Path, state: TrainState, *, identity: str, base: str) -> None:
@@ -156,11 +155,6 @@ def _publish(ranks: Ranks, staged: Path, final: Path, state: TrainState, *, iden
     fsync_directory(staged)
     staged.rename(final)
     fsync_directory(final.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def retain(directory: Path, *, keep: int, best: int | None, verified: set[int]) -> list[int]:

@@ -1,10 +1,10 @@
-"""The problem that most rules report: a field was set that has no effect beside another one."""
+"""Two problems that many rules report: a field without effect, and a name that is not among the known ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trainer.errors import Problem
+from trainer.errors import Problem, nearest
 
 
 def changed(section: Any, names: tuple[str, ...]) -> list[str]:
@@ -28,3 +28,9 @@ def no_effect(section: str, values: Any, names: tuple[str, ...], because: str, d
 
 def _shown(value: object) -> str:
     return "null" if value is None else str(value)
+
+
+def not_among(what: str, *, where: str, got: str, allowed: Sequence[str], otherwise: str) -> Problem:
+    """Return the problem of ``got``, which is not in ``allowed``; ``otherwise`` is the advice when none is near."""
+    do = nearest(got, allowed) or otherwise
+    return Problem(what=what, where=where, got=got, allowed=", ".join(allowed), do=do)
