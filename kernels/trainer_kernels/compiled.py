@@ -7,9 +7,13 @@ in each process, and a warning says so.
 
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,3 +38,22 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         )
         dispatcher = numba.njit(nogil=True)(function)
     return cast(Callable[P, R], dispatcher)
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any = None, place: Any = None) -> Any:
+    """Within compiled code: ask for the memory at ``array[place]`` without waiting for it. Never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        made = context.make_array(kind)(context, builder, arguments[0])
+        place = [arguments[1]]
+        address = cgutils.get_item_pointer(context, builder, kind, made, place, wraparound=False, boundscheck=False)
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        takes = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, takes, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(function, [builder.bitcast(address, byte), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate

@@ -35,8 +35,8 @@ _30 = np.uint64(30)
 _27 = np.uint64(27)
 _31 = np.uint64(31)
 
-_BATCH = 4096
-"""Places computed together; both arrays of a batch stay in the fastest cache."""
+_BATCH = 2048
+"""Places computed together; what belongs to a batch stays in the fastest cache."""
 
 
 def mix(value: int) -> int:
@@ -119,7 +119,7 @@ def _fill_order(count: int, first: int, tables: NDArray[np.uint16], low_bits: in
             still = 0
             for which in range(pending):
                 index = outside[which]
-                batch[index] = _encrypt(batch[index], tables, low, low_mask)
+                batch[index] = _encrypt(np.uint32(batch[index]), tables, low, low_mask)
                 outside[still] = index
                 still += batch[index] >= count
             pending = still

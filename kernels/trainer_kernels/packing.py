@@ -17,14 +17,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer_kernels import planners
+from trainer_kernels import dealing, planners
 from trainer_kernels.checks import refuse_documents, whole, whole_numbers
 from trainer_kernels.errors import PackingError
 from trainer_kernels.order import DOCUMENTS, PACKS, permuted
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Raised whenever the same arguments would give another plan: part of what a resumed run must agree on."""
 
 BLOCK_DOCUMENTS = 1 << 20
@@ -159,19 +159,11 @@ def plan_rfc(
     """``(items, offsets)`` of random-fill-close over checked ``weights``, each ``block`` of the order on its own."""
     count = len(weights)
     items = np.empty(count, np.int32)
-    stream = np.empty(min(block, count), np.int32)
-    places = np.empty(min(block, count), np.int32)
-    offsets = np.empty(min(block, count) + 1, np.int64)
     parts: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
     for first in range(0, count, block):
-        size = min(block, count - first)
-        order = permuted(count, seed, epoch, DOCUMENTS, first, first + size)
-        planners.gathered(weights, order, stream[:size])
-        packs = planners.random_fill_close(
-            stream[:size].view(np.uint32), capacity, pool, max_docs, places[:size], offsets
-        )
-        planners.gathered(order, places[:size], items[first : first + size])
-        parts.append(offsets[1 : packs + 1] + first)
+        stop = min(first + block, count)
+        order = permuted(count, seed, epoch, DOCUMENTS, first, stop)
+        parts.append(first + planners.random_fill_close(weights, order, capacity, pool, max_docs, items[first:stop]))
     return items, np.concatenate(parts)
 
 
@@ -188,14 +180,16 @@ def plan_decreasing(
     """``(items, offsets)`` of ``ffd`` or ``bfd`` over all of the checked ``weights``, the packs in seeded order."""
     count = len(weights)
     width = -(-count // stretches)
-    first = planners.count_weights(weights)
+    first = dealing.count_weights(weights)
     planner = planners.first_fit_decreasing if algorithm == "ffd" else planners.best_fit_decreasing
-    runs = planner(first, capacity, max_docs)
+    room = dealing.room_for_runs(count)
+    runs = dealing.first_runs(room, planner(first, capacity, max_docs, room))
     packs = int(runs.packs.sum())
-    items = np.empty(count, np.int32)
+    # Made here, because NumPy's arrays are of large pages: scattered writes to small ones take three times as long.
+    by_weight, items = np.empty(count, np.int32), np.empty(count, np.int32)
     offsets = np.empty(packs + 1, np.int64)
-    visits = permuted(-(-count // width), seed, epoch, DOCUMENTS)
-    planners.hand_out(weights, first, visits, width, runs, permuted(packs, seed, epoch, PACKS), np.empty(count, np.int32), items, offsets)
+    dealing.sort_by_weight(weights, first, permuted(-(-count // width), seed, epoch, DOCUMENTS), width, by_weight)
+    dealing.deal(by_weight, first, runs, permuted(packs, seed, epoch, PACKS), items, offsets)
     return items, offsets
 
 
@@ -223,4 +217,4 @@ def _weights(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None
         do = f"raise the capacity to at least {int(weights.max())}, or drop, truncate or split them"
         what = "documents that cost more than a pack may"
         refuse_documents(what, weights, weights > capacity, f"a weight of at most {capacity}", do)
-    return np.ascontiguousarray(weights, np.int32)
+    return weights.astype(np.int32)  # a copy even then: files are mapped in small pages, slow to look up at random

@@ -1,13 +1,11 @@
 """The three packing algorithms, compiled. ``reference.py`` says in plain Python what each must return, to the number.
 
 All are integers only and take weights (tokens, or time in units of tokens) that the caller has checked: each in
-``[1, capacity]``. Pack ``p`` is ``items[offsets[p]:offsets[p + 1]]``. Arrays are sized by the heaviest document, not by
-the capacity, where possible.
+``[1, capacity]``. Arrays are sized by the heaviest document, not by the capacity, where possible.
 
 Random-fill-close goes through the documents one by one; what a processor loses there are mispredicted branches and
 chains of writes to one place, so bits are set and cleared without asking. First- and best-fit decreasing only look at
-how many documents there are of each weight: they work on counts, find ``Runs`` of packs that are filled alike, and
-documents are handed out to the finished runs.
+how many documents there are of each weight: they work on counts, and find ``Runs`` of packs that are filled alike.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from trainer_kernels.compiled import compiled
+from trainer_kernels.dealing import Runs
 
 BIG_SHARE = 97
 """Random-fill-close starts a pack with a big document (more than half a pack) when packs for all big ones would hold
@@ -39,23 +38,16 @@ def _leading_zeros(typing_context: Any, value: Any = None) -> Any:
     return types.uint64(types.uint64), generate
 
 
-@intrinsic
-def _trailing_zeros(typing_context: Any, value: Any = None) -> Any:
-    """Number of zero bits below the lowest set bit of a non-zero uint64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint64(types.uint64), generate
-
-
 # A set of small whole numbers with two levels of bits: bit i of `words` is the number i; bit j of `summary` is set if
 # words[j] is not zero. It may also be set when words[j] has become zero since: a search that comes by clears it.
 # Finding the nearest member looks at a handful of words.
 
 
+Number = int | np.integer[Any]
+
+
 @compiled
-def _insert(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int) -> None:
+def _insert(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: Number) -> None:
     word = number >> 6
     before = words[word]
     words[word] = before | (_1 << np.uint64(number & 63))
@@ -64,12 +56,12 @@ def _insert(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int)
 
 
 @compiled
-def _remove_if(words: NDArray[np.uint64], number: int, gone: bool) -> None:
+def _remove_if(words: NDArray[np.uint64], number: Number, gone: bool) -> None:
     words[number >> 6] &= ~(np.uint64(gone) << np.uint64(number & 63))
 
 
 @compiled
-def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int) -> int:
+def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: Number) -> int:
     """The largest member <= ``number`` (which is within the set's range), or -1."""
     word = number >> 6
     bits = words[word] & (_ALL >> np.uint64(63 - (number & 63)))
@@ -91,29 +83,6 @@ def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], numbe
     return (word << 6) + np.int64(_63 - _leading_zeros(bits))
 
 
-@compiled
-def _smallest_from(words: NDArray[np.uint64], summary: NDArray[np.uint64], number: int) -> int:
-    """The smallest member >= ``number`` (which is within the set's range), or -1."""
-    word = number >> 6
-    bits = words[word] & (_ALL << np.uint64(number & 63))
-    block = word >> 6
-    higher = (_ALL << np.uint64(word & 63)) << _1
-    while bits == 0:
-        upper = summary[block] & higher
-        if upper == 0:
-            block += 1
-            higher = _ALL
-            if block >= summary.size:
-                return -1
-            continue
-        bit = _trailing_zeros(upper)
-        word = (block << 6) + np.int64(bit)
-        bits = words[word]
-        if bits == 0:
-            summary[block] &= ~(_1 << bit)
-    return (word << 6) + np.int64(_trailing_zeros(bits))
-
-
 class _Pool(NamedTuple):
     """The documents that random-fill-close may choose from: the next ones of the stream that are not in a pack.
 
@@ -133,7 +102,7 @@ class _Pool(NamedTuple):
 
 
 @compiled
-def _empty_pool(count: int, heaviest: int, half: int) -> _Pool:
+def _empty_pool(count: int, heaviest: Number, half: int) -> _Pool:
     return _Pool(
         np.empty(heaviest + 1, np.int32),
         np.empty(count, np.int32),
@@ -148,33 +117,27 @@ def _empty_pool(count: int, heaviest: int, half: int) -> _Pool:
 @compiled
 def _enter(pool: _Pool, weights: NDArray[np.uint32], first: int, stop: int) -> int:
     """Put places ``[first, stop)`` into the pool; returns ``stop``, or ``first`` if that is more."""
+    volume = 0
+    bigs = 0
     for place in range(first, stop):
         weight = weights[place]
         pool.below[place] = pool.top[weight]
         pool.top[weight] = place
         pool.waiting[weight] += 1
         _insert(pool.words, pool.summary, weight)
-        pool.sums[0] += weight
-        pool.sums[1] += weight > pool.half
+        volume += weight
+        bigs += weight > pool.half
+    pool.sums[0] += volume
+    pool.sums[1] += bigs
     return max(first, stop)
 
 
 @compiled
-def _leave(pool: _Pool, weight: int) -> None:
-    """One document of ``weight`` less."""
+def _leave(pool: _Pool, weight: Number) -> None:
+    """One document of ``weight`` less; ``sums`` are up to the caller."""
     left = pool.waiting[weight] - 1
     pool.waiting[weight] = left
     _remove_if(pool.words, weight, left == 0)
-    pool.sums[0] -= weight
-    pool.sums[1] -= weight > pool.half
-
-
-@compiled
-def _next_big(weights: NDArray[np.uint32], taken: NDArray[np.bool_], place: int, half: int) -> int:
-    """The first place from ``place`` on with a document of more than ``half`` that is not in a pack (there is one)."""
-    while taken[place] or weights[place] <= half:
-        place += 1
-    return place
 
 
 @compiled
@@ -184,24 +147,29 @@ def _fill(
     taken: NDArray[np.bool_],
     head: int,
     entered: int,
-    room: int,
+    room: Number,
     packed: NDArray[np.int32],
-) -> tuple[int, int, int]:
+) -> tuple[int, Number, int]:
     """Take the stream from ``head`` on, to one that does not fit, the end of the pool, or that of ``packed``.
 
     Writes the places of those taken to ``packed``; returns the new head, the room left, and how many were taken.
     """
     filled = 0
+    bigs = 0
+    before = room
     while filled < packed.size and head < entered:
         if not taken[head]:
             weight = weights[head]
             if weight > room:
                 break
             _leave(pool, weight)
+            bigs += weight > pool.half
             room -= weight
             packed[filled] = head
             filled += 1
         head += 1
+    pool.sums[0] -= before - room
+    pool.sums[1] -= bigs
     return head, room, filled
 
 
@@ -211,7 +179,7 @@ def _close(
     weights: NDArray[np.uint32],
     taken: NDArray[np.bool_],
     entered: int,
-    room: int,
+    room: Number,
     packed: NDArray[np.int32],
 ) -> tuple[int, int]:
     """Take the heaviest that fit, the newest of equals, while there is one; for each, one enters the pool.
@@ -228,6 +196,8 @@ def _close(
         pool.top[weight] = pool.below[place]
         taken[place] = True
         _leave(pool, weight)
+        pool.sums[0] -= weight
+        pool.sums[1] -= weight > pool.half
         room -= weight
         packed[filled] = place
         filled += 1
@@ -237,36 +207,44 @@ def _close(
 
 @compiled
 def random_fill_close(
-    weights: NDArray[np.uint32],
+    weights_of: NDArray[np.int32],
+    order: NDArray[np.int32],
     capacity: int,
     ahead: int,
     max_docs: int,
-    places: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-) -> int:
-    """Pack a stream of documents of ``weights``, looking ``ahead`` documents ahead; returns the number of packs.
+    items: NDArray[np.int32],
+) -> NDArray[np.int64]:
+    """Pack the documents ``order``, of weights ``weights_of[document]``, looking ``ahead`` of them ahead.
 
-    A pack takes the next documents of the stream until one does not fit, and is closed with the heaviest that fit out
-    of the pool, the newest of equals. The one that did not fit opens the next pack. Pack ``p`` is the documents at
-    ``places[offsets[p]:offsets[p + 1]]`` of the stream.
+    A pack takes the next documents until one does not fit, and is closed with the heaviest that fit out of the pool,
+    the newest of equals. The one that did not fit opens the next pack. Fills ``items`` with the documents of all packs
+    and returns where each pack ends in it.
     """
-    count = weights.size
+    count = order.size
+    weights = np.empty(count, np.uint32)  # in order
+    for place in range(count):
+        weights[place] = weights_of[order[place]]
     pool = _empty_pool(count, np.int64(weights.max()), capacity // 2)
-    taken = np.zeros(count, np.bool_)
+    taken = np.zeros(count, np.bool_)  # of places from `head` on
+    places = np.empty(count, np.int32)
+    ends = np.empty(count, np.int64)
     entered = 0  # places below this have entered the pool
     head = 0  # no place below this is in the pool
     big_head = 0  # no place below this is in the pool and big
     filled = 0
     packs = 0
-    offsets[0] = 0
     while filled < count:
         room = np.int64(capacity)
         stop = min(count, filled + max_docs)
         entered = _enter(pool, weights, entered, min(count, filled + ahead))
         if pool.sums[1] > 0 and 100 * pool.sums[1] * capacity >= BIG_SHARE * pool.sums[0]:
-            big_head = _next_big(weights, taken, big_head, pool.half)
+            big_head = max(big_head, head)
+            while taken[big_head] or weights[big_head] <= pool.half:
+                big_head += 1
             taken[big_head] = True
             _leave(pool, weights[big_head])
+            pool.sums[0] -= weights[big_head]
+            pool.sums[1] -= 1
             room -= weights[big_head]
             places[filled] = big_head
             filled += 1
@@ -279,90 +257,33 @@ def random_fill_close(
                 break
         entered, more = _close(pool, weights, taken, entered, room, places[filled:stop])
         filled += more
+        ends[packs] = filled
         packs += 1
-        offsets[packs] = filled
-    return packs
+    for index in range(count):
+        items[index] = order[places[index]]
+    return ends[:packs].copy()
 
 
 @compiled
-def gathered(values: NDArray[np.int32], places: NDArray[np.int32], out: NDArray[np.int32]) -> None:
-    """``out[i] = values[places[i]]``, without the 64-bit copy of ``places`` that NumPy makes."""
-    for index in range(places.size):
-        out[index] = values[places[index]]
-
-
-class Runs(NamedTuple):
-    """Packs that are filled alike: run ``r`` stands for ``packs[r]`` packs, each of ``documents[r]`` documents.
-
-    Each takes ``amount[i]`` documents of ``weight[i]`` for ``i`` in ``[begin[r], begin[r + 1])``, in this order.
-    """
-
-    weight: NDArray[np.int32]
-    amount: NDArray[np.int32]
-    begin: NDArray[np.int64]
-    documents: NDArray[np.int64]
-    packs: NDArray[np.int64]
-
-
-@compiled
-def count_weights(weights: NDArray[np.int32]) -> NDArray[np.int64]:
-    """``first`` int64[heaviest + 2]: sorted by weight, documents of weight w are those in ``[first[w], first[w + 1])``."""
-    first = np.zeros(np.int64(weights.max()) + 2, np.int64)
-    for place in range(weights.size):
-        first[np.uint32(weights[place]) + 1] += 1
-    for weight in range(first.size - 1):
-        first[weight + 1] += first[weight]
-    return first
-
-
-@compiled
-def _sorted_by_weight(
-    weights: NDArray[np.int32],
-    first: NDArray[np.int64],
-    stretches: NDArray[np.int32],
-    width: int,
-    dealt: NDArray[np.int32],
-) -> None:
-    """Document ids by weight; equals as they come in ``stretches`` of ``width`` documents in a row."""
-    free = first.copy()
-    for index in range(stretches.size):
-        begin = np.int64(stretches[index]) * width
-        for document in range(begin, min(begin + width, weights.size)):
-            weight = np.uint32(weights[document])
-            dealt[free[weight]] = document
-            free[weight] += 1
-
-
-@compiled
-def _nearest_left(nearest: NDArray[np.int32], number: int) -> int:
-    """Follow ``nearest`` to the largest weight <= ``number`` that has documents left (0: none), halving the path."""
-    while nearest[number] != number:
-        nearest[number] = nearest[nearest[number]]
-        number = nearest[number]
-    return number
-
-
-@compiled
-def first_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int) -> Runs:
+def first_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int, runs: Runs) -> int:
     """Exact first-fit decreasing. Its first pack is "the heaviest that fits, again and again", and so is the next.
 
-    A pattern is repeated while its documents last.
+    A pattern is repeated while its documents last. ``first`` is of ``count_weights``; fills ``runs``, returns how many.
     """
     heaviest = first.size - 2
-    count = first[heaviest + 1]
     left = first[1:] - first[:-1]
-    nearest = np.arange(heaviest + 1).astype(np.int32)
+    words = np.zeros((heaviest >> 6) + 1, np.uint64)  # weights that have documents left
+    summary = np.zeros((heaviest >> 12) + 1, np.uint64)
     for weight in range(1, heaviest + 1):
-        if left[weight] == 0:
-            nearest[weight] = weight - 1
-    runs = _no_runs(count)
+        if left[weight] > 0:
+            _insert(words, summary, weight)
     parts = 0
     size = 0
-    weight = int(_nearest_left(nearest, heaviest))
+    weight = _largest_up_to(words, summary, heaviest)
     while weight > 0:
-        room = int(capacity)
-        places = int(max_docs)
-        repeats = int(count)
+        room = np.int64(capacity)
+        places = np.int64(max_docs)
+        repeats = left[weight]
         begin = parts
         while weight > 0 and places > 0:
             amount = min(left[weight], room // weight, places)
@@ -372,44 +293,17 @@ def first_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int)
             repeats = min(repeats, left[weight] // amount)
             room -= amount * weight
             places -= amount
-            weight = int(_nearest_left(nearest, min(room, weight - 1)))
+            weight = _largest_up_to(words, summary, min(room, weight - 1))
         for part in range(begin, parts):
-            weight = runs.weight[part]
+            weight = np.int64(runs.weight[part])
             left[weight] -= repeats * runs.amount[part]
-            if left[weight] == 0:
-                nearest[weight] = weight - 1
+            _remove_if(words, weight, left[weight] == 0)
         runs.documents[size] = max_docs - places
         runs.packs[size] = repeats
         size += 1
         runs.begin[size] = parts
-        weight = int(_nearest_left(nearest, heaviest))
-    return _trimmed(runs, size)
-
-
-@compiled
-def _no_runs(count: int) -> Runs:
-    """Room for all runs of ``count`` documents: every part of a run takes at least one, so there are at most that."""
-    runs = Runs(
-        np.empty(count, np.int32),
-        np.empty(count, np.int32),
-        np.empty(count + 1, np.int64),
-        np.empty(count, np.int64),
-        np.empty(count, np.int64),
-    )
-    runs.begin[0] = 0
-    return runs
-
-
-@compiled
-def _trimmed(runs: Runs, size: int) -> Runs:
-    parts = runs.begin[size]
-    return Runs(
-        runs.weight[:parts],
-        runs.amount[:parts],
-        runs.begin[: size + 1],
-        runs.documents[:size],
-        runs.packs[:size],
-    )
+        weight = _largest_up_to(words, summary, heaviest)
+    return size
 
 
 class _Forest(NamedTuple):
@@ -444,20 +338,16 @@ def _grown_forest(first: NDArray[np.int64], capacity: int, max_docs: int) -> _Fo
     forest.documents[0] = 0
     nodes = 1
     top = forest.top
-    words = np.zeros((capacity >> 6) + 1, np.uint64)  # rooms that have open packs
+    words = np.zeros((capacity >> 6) + 1, np.uint64)  # how full open packs are: the search looks downwards
     summary = np.zeros((capacity >> 12) + 1, np.uint64)
     for weight in range(first.size - 2, 0, -1):
         left = first[weight + 1] - first[weight]
         while left > 0:
-            room = _smallest_from(words, summary, weight)
-            base = 0
-            packs = left
-            if room < 0:  # a new pack
-                room = capacity
-            else:
-                base = int(top[room])
-                packs = int(forest.alike[base])
-            take = min(room // weight, int(max_docs - forest.documents[base]))
+            used = max(_largest_up_to(words, summary, capacity - weight), 0)  # 0: none, so a new pack
+            room = capacity - used
+            base = np.int64(top[room]) if used > 0 else 0
+            packs = np.int64(forest.alike[base]) if used > 0 else left
+            take = min(room // weight, max_docs - np.int64(forest.documents[base]))
             packs = min(packs, left // take)
             if packs == 0:  # fewer left than one pack takes
                 packs = 1
@@ -466,7 +356,7 @@ def _grown_forest(first: NDArray[np.int64], capacity: int, max_docs: int) -> _Fo
                 forest.alike[base] -= packs
                 if forest.alike[base] == 0:
                     top[room] = forest.below[base]
-                    _remove_if(words, room, top[room] == 0)
+                    _remove_if(words, used, top[room] == 0)
             left -= packs * take
             forest.parent[nodes] = base
             forest.weight[nodes] = weight
@@ -477,19 +367,18 @@ def _grown_forest(first: NDArray[np.int64], capacity: int, max_docs: int) -> _Fo
             forest.below[nodes] = top[rest]
             top[rest] = nodes
             if rest > 0:
-                _insert(words, summary, rest)
+                _insert(words, summary, capacity - rest)
             nodes += 1
     return forest
 
 
 @compiled
-def best_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int) -> Runs:
+def best_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int, runs: Runs) -> int:
     """Exact best-fit decreasing: each document goes to the pack with the least room that still takes it.
 
-    Closed packs (full, or with ``max_docs``) come first, then by room, the latest of equals first.
+    Closed packs (full, or with ``max_docs``) come first, then by room, the latest of equals first. Arguments as above.
     """
     forest = _grown_forest(first, capacity, max_docs)
-    runs = _no_runs(first[first.size - 1])
     parts = 0
     size = 0
     for room in range(capacity + 1):
@@ -509,48 +398,4 @@ def best_fit_decreasing(first: NDArray[np.int64], capacity: int, max_docs: int) 
             size += 1
             runs.begin[size] = parts
             node = forest.below[node]
-    return _trimmed(runs, size)
-
-
-@compiled
-def hand_out(
-    weights: NDArray[np.int32],
-    first: NDArray[np.int64],
-    stretches: NDArray[np.int32],
-    width: int,
-    runs: Runs,
-    order: NDArray[np.int32],
-    dealt: NDArray[np.int32],
-    items: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-) -> None:
-    """Give the documents to the packs of ``runs``, pack ``order[p]`` to place ``p`` of ``items`` and ``offsets``.
-
-    Documents of one weight go to runs, and within a run to packs, as they come in ``stretches`` of ``width`` documents.
-    """
-    _sorted_by_weight(weights, first, stretches, width, dealt)
-    place_of = np.empty(order.size, np.int32)
-    for place in range(order.size):
-        place_of[order[place]] = place
-    offsets[0] = 0
-    pack = 0
-    for run in range(runs.packs.size):
-        for _ in range(runs.packs[run]):
-            offsets[place_of[pack] + 1] = runs.documents[run]
-            pack += 1
-    for place in range(order.size):
-        offsets[place + 1] += offsets[place]
-    next_of = first.copy()
-    pack = 0
-    for run in range(runs.packs.size):
-        for _ in range(runs.packs[run]):
-            filled = offsets[place_of[pack]]
-            for part in range(runs.begin[run], runs.begin[run + 1]):
-                weight = np.uint32(runs.weight[part])
-                source = next_of[weight]
-                amount = runs.amount[part]
-                for copy in range(amount):
-                    items[filled + copy] = dealt[source + copy]
-                next_of[weight] = source + amount
-                filled += amount
-            pack += 1
+    return size

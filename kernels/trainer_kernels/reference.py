@@ -15,7 +15,7 @@ import numpy as np
 from trainer_kernels.arena import TokenArena
 from trainer_kernels.collate import IGNORE, CompactBatch, PackedBatch
 from trainer_kernels.order import DOCUMENTS, PACKS, domain_bits, mix, round_keys
-from trainer_kernels.packing import BLOCK_DOCUMENTS, SMALLEST_POOL, Algorithm
+from trainer_kernels.packing import BLOCK_DOCUMENTS, SMALLEST_POOL, STRETCHES, Algorithm
 from trainer_kernels.planners import BIG_SHARE
 
 
@@ -56,14 +56,21 @@ def pack(
     pool: int | None = None,
     max_docs: int | None = None,
     block: int = BLOCK_DOCUMENTS,
+    stretches: int = STRETCHES,
 ) -> list[list[int]]:
     """The packs of ``trainer_kernels.pack``, each a list of document ids in order."""
     most = len(weights) if max_docs is None else max_docs
-    order = permutation(len(weights), seed, epoch, DOCUMENTS)
     if algorithm == "rfc":
+        order = permutation(len(weights), seed, epoch, DOCUMENTS)
         ahead = max(SMALLEST_POOL, 4 * capacity * len(weights) // sum(weights)) if pool is None else pool
         blocks = [order[first : first + block] for first in range(0, len(order), block)]
         return [pack for part in blocks for pack in random_fill_close(weights, part, capacity, ahead, most)]
+    width = ceil(len(weights) / stretches)
+    order = [
+        document
+        for stretch in permutation(ceil(len(weights) / width), seed, epoch, DOCUMENTS)
+        for document in range(stretch * width, min(stretch * width + width, len(weights)))
+    ]
     decreasing = first_fit_decreasing if algorithm == "ffd" else best_fit_decreasing
     packs = decreasing(weights, order, capacity, most)
     return [packs[place] for place in permutation(len(packs), seed, epoch, PACKS)]

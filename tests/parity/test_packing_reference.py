@@ -59,6 +59,42 @@ def test_a_small_pool_and_small_blocks_equal_the_reference(
     assert as_lists(packing.PackPlan(items, offsets, 0.0)) == expected
 
 
+@pytest.mark.parametrize("algorithm", ["ffd", "bfd"])
+@given(case=cases(), stretches=st.integers(1, 60), max_docs=max_docs_or_none)
+@settings(max_examples=100, deadline=None)
+def test_stretches_of_several_documents_equal_the_reference(
+    algorithm: Literal["ffd", "bfd"], case: Case, stretches: int, max_docs: int | None
+) -> None:
+    items, offsets = packing.plan_decreasing(
+        case.lengths,
+        case.capacity,
+        algorithm,
+        seed=case.seed,
+        epoch=case.epoch,
+        max_docs=max_docs or packing.MAX_DOCUMENTS,
+        stretches=stretches,
+    )
+    expected = reference.pack(
+        case.lengths.tolist(),
+        case.capacity,
+        algorithm=algorithm,
+        seed=case.seed,
+        epoch=case.epoch,
+        max_docs=max_docs,
+        stretches=stretches,
+    )
+    assert as_lists(packing.PackPlan(items, offsets, 0.0)) == expected
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_many_packs_filled_alike_equal_the_reference(algorithm: Algorithm) -> None:
+    """Few lengths: runs of hundreds of packs, more than are written together."""
+    lengths = np.random.default_rng(0).choice([3, 5, 7], 1500).astype(np.int32)
+    assert as_lists(pack(lengths, 15, algorithm=algorithm, seed=2)) == reference.pack(
+        lengths.tolist(), 15, algorithm=algorithm, seed=2
+    )
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_many_documents_equal_the_reference(algorithm: Algorithm) -> None:
     """Longer problems than hypothesis likes to draw, so that pools fill up and patterns repeat."""
@@ -124,6 +160,15 @@ def test_packing_by_cost_is_packing_of_weights(algorithm: Algorithm) -> None:
 @settings(max_examples=20, deadline=None)
 def test_the_order_equals_the_reference(count: int, seed: int, epoch: int, purpose: int) -> None:
     assert permuted(count, seed, epoch, purpose).tolist() == reference.permutation(count, seed, epoch, purpose)
+
+
+@given(count=st.integers(1, 9000), first=st.integers(0, 9000), stop=st.integers(0, 9000), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_any_part_of_the_order_is_that_part_of_it(count: int, first: int, stop: int, seed: int) -> None:
+    first, stop = sorted((min(first, count), min(stop, count)))
+    assert np.array_equal(
+        permuted(count, seed, 0, DOCUMENTS, first, stop), permuted(count, seed, 0, DOCUMENTS)[first:stop]
+    )
 
 
 def _item_by_item(lengths: list[int], capacity: int, best: bool) -> list[int]:

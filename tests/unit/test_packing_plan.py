@@ -65,8 +65,8 @@ def test_orders_of_other_seeds_epochs_and_purposes_are_unrelated() -> None:
 
 
 def test_a_plan_never_changes_without_a_new_plan_format() -> None:
-    """Recorded plans of format 1: a resumed run and every other machine must get these very numbers."""
-    assert packing.PLAN_FORMAT == 1
+    """Recorded plans of format 2: a resumed run and every other machine must get these very numbers."""
+    assert packing.PLAN_FORMAT == 2
     lengths = (np.arange(40) * 37 % 23 + 1).astype(np.int32)
     for algorithm in ALGORITHMS:
         assert as_lists(pack(lengths, 50, algorithm=algorithm, seed=7, epoch=2))[:3] == RECORDED[algorithm]
