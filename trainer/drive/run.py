@@ -14,7 +14,7 @@ from trainer.drive.folder import make_folder, require_same_identity, write_input
 from trainer.drive.lock import hold
 from trainer.drive.overview import show_end, show_plan, show_start
 from trainer.drive.prepared import read_prepared, read_schedule
-from trainer.drive.stages import Job, Programs, mark_done, pending, run_stages
+from trainer.drive.stages import DriverJob, Programs, mark_done, pending, run_stages
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
@@ -99,7 +99,7 @@ def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
             folder.done.unlink(missing_ok=True)
             write_inputs(folder, plan)
             show_start(plan, folder, todo)
-        job = Job(plan=plan, folder=folder, lock=lock, command=command, programs=programs)
+        job = DriverJob(plan=plan, folder=folder, lock=lock, command=command, programs=programs)
         code = run_stages(job, VERBS[verb].stages)
         if code != EXIT_DONE:
             return code

@@ -40,7 +40,7 @@ class Programs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class DriverJob:
     """A run that this process holds the lock of (``lock``: its descriptor); ``command`` is what the user typed."""
 
     plan: RunPlan
@@ -62,7 +62,7 @@ def pending(plan: RunPlan, folder: RunFolder, wanted: Sequence[str]) -> list[str
     return todo
 
 
-def run_stages(job: Job, wanted: Sequence[str]) -> int:
+def run_stages(job: DriverJob, wanted: Sequence[str]) -> int:
     """Do what is pending of ``wanted``; gives the exit code of the first process that did not end well, else 0.
 
     Raises:
@@ -70,18 +70,18 @@ def run_stages(job: Job, wanted: Sequence[str]) -> int:
         TrainingFault: a process ended well without leaving its markers.
     """
     if "prepare" in pending(job.plan, job.folder, wanted):
-        code = _one_process(job, "prepare", job.programs.prepare)
+        code = _run_alone(job, "prepare", job.programs.prepare)
         if code != EXIT_DONE:
             return code
     by_ranks = [stage for stage in pending(job.plan, job.folder, wanted) if stage in BY_RANKS]
     if by_ranks:
-        _require_space(job, by_ranks)
-        code = _ranks(job, by_ranks)
+        _require_space_for(job, by_ranks)
+        code = _run_by_ranks(job, by_ranks)
         if code != EXIT_DONE:
             return code
     for stage, module in (("verify", job.programs.verify), ("card", job.programs.card)):
         if stage in pending(job.plan, job.folder, wanted):
-            code = _one_process(job, stage, module)
+            code = _run_alone(job, stage, module)
             if code != EXIT_DONE:
                 return code
     return EXIT_DONE
@@ -92,7 +92,7 @@ def mark_done(folder: RunFolder, identity: str) -> None:
     write_atomic(folder.done, f"{identity} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
 
 
-def launch_spec(job: Job, stages: Sequence[str]) -> LaunchSpec:
+def launch_spec(job: DriverJob, stages: Sequence[str]) -> LaunchSpec:
     """What the agent starts for ``stages``."""
     return LaunchSpec(
         run_dir=str(job.folder.root),
@@ -105,7 +105,7 @@ def launch_spec(job: Job, stages: Sequence[str]) -> LaunchSpec:
     )
 
 
-def _one_process(job: Job, stage: str, module: str) -> int:
+def _run_alone(job: DriverJob, stage: str, module: str) -> int:
     child = Child(
         name=stage,
         arguments=(sys.executable, "-m", module, str(job.folder.root)),
@@ -118,7 +118,7 @@ def _one_process(job: Job, stage: str, module: str) -> int:
     return _judge(job, result, [stage])
 
 
-def _ranks(job: Job, stages: list[str]) -> int:
+def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
     spec = launch_spec(job, stages)
     by_hand = job.folder.launch / "by_hand.txt"
     lines = write_hand_files(spec, job.folder.launch, device=job.plan.device)
@@ -132,7 +132,7 @@ def _ranks(job: Job, stages: list[str]) -> int:
     return _judge(job, result, stages)
 
 
-def _judge(job: Job, result: NodeResult, stages: Sequence[str]) -> int:
+def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
     if result.exit_code == EXIT_DONE:
         _require_markers(job, stages)
         return EXIT_DONE
@@ -148,7 +148,7 @@ def _judge(job: Job, result: NodeResult, stages: Sequence[str]) -> int:
     return result.exit_code
 
 
-def _require_markers(job: Job, stages: Sequence[str]) -> None:
+def _require_markers(job: DriverJob, stages: Sequence[str]) -> None:
     missing = pending(job.plan, job.folder, stages)
     if missing:
         raise TrainingFault(
@@ -160,13 +160,13 @@ def _require_markers(job: Job, stages: Sequence[str]) -> None:
         )
 
 
-def _require_space(job: Job, stages: Sequence[str]) -> None:
+def _require_space_for(job: DriverJob, stages: Sequence[str]) -> None:
     prepared = read_prepared(job.folder)
     config = job.plan.config
     base = Path(prepared.base.directory)
     memory = estimate_memory(on_disk(job.plan, prepared), prepared.dtype)
-    rank = config.method.rank if config.method.name == "lora" else None
-    guessed = trained_parameters(prepared.base.parameters, rank=rank, width=model_width(base))
+    lora_rank = config.method.rank if config.method.name == "lora" else None
+    guessed = trained_parameters(prepared.base.parameters, rank=lora_rank, width=model_width(base))
     need = bytes_needed(
         weight_bytes=weight_bytes(base),
         trainable=guessed if memory is None else memory.trainable,
