@@ -221,6 +221,12 @@ class PackingConfig:
     """``rfc``: random-fill-close, keeps steps random samples; ``ffd``, ``bfd``: first- and best-fit decreasing."""
     max_documents: Count | None = None
     """Most documents in one pack."""
+    cost: Literal["tokens", "time"] = "tokens"
+    """What fills a pack. ``tokens``: its documents' tokens. ``time``: their time, so that all packs, and all ranks,
+    take equally long: a document of n tokens counts ``n + cost_ratio * n**2`` of the capacity, never less than n."""
+    cost_ratio: Annotated[float, Meta(gt=0)] | None = None
+    """For ``cost=time``, in 1 / tokens: time of a pair of tokens in attention over that of a token in everything else;
+    null: from the model's shape. A run prints the ratio that it measured."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -233,7 +233,8 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         plan.device,
         config.data,
         config.task,
-        config.packing.capacity,
+        config.packing,
+        config.method.name if config.packing.cost == "time" else "",
         config.run.seed,
     ]
     trained = [plan.identity]

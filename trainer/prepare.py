@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from trainer import console
 from trainer.config import Config
 from trainer.data.account import say_rows, say_tokens
-from trainer.data.batches import training_schedule
 from trainer.data.chat import ChatEncoder
+from trainer.data.planned import PlannedSchedule, planned_schedule
 from trainer.data.rows import Rows, gather_rows, rows_digest
 from trainer.data.splits import SplitName, check_frozen, freeze
 from trainer.data.templates import ChatTemplate, choose_template
+from trainer.data.timing import cost_ratio, sync_of
 from trainer.data.tokenized import (
     Tokenized,
     TokenOptions,
@@ -36,11 +37,12 @@ from trainer.data.tokenized import (
 )
 from trainer.errors import ConfigError, RunError
 from trainer.markers import Marker, write_marker
+from trainer.memory import folder_shape
 from trainer.model.load import load_tokenizer, matmul_shape, read_config, resolve_base, resolve_dtype
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, load_plan, stage_inputs
-from trainer.samples import BaseModel, Prepared, SplitInfo
-from trainer_kernels import TokenArena, pack
+from trainer.samples import BaseModel, Prepared
+from trainer_kernels import TokenArena
 
 FORMAT = 1
 TINY_TEXTS = 2000
@@ -77,7 +79,7 @@ def prepare(folder: RunFolder) -> Prepared:
     _check_prompts(tokens, context, config.task.max_new_tokens)
     _save_tokenizer(folder, tokenizer, template, pad=tokens.report.pad_token_id, context=context)
     prepared = _describe(folder, plan, rows, base, tokens, dtype=(dtype, reason), splits_sha256=splits_sha256)
-    schedule = _schedule(plan, prepared.train)
+    schedule = _schedule(plan, prepared)
     write_atomic(folder.launch / "schedule.json", msgspec.json.format(msgspec.json.encode(schedule), indent=2))
     write_atomic(folder.prepared_json, msgspec.json.format(msgspec.json.encode(prepared), indent=2))
     write_marker(folder, _marker(plan, prepared, schedule, seconds=time.monotonic() - started))
@@ -288,6 +290,7 @@ def _describe(
         dropped=[*rows.dropped, *tokens.report.dropped],
         truncated=tokens.report.truncated,
         sample=tokens.report.sample,
+        cost_ratio=_cost_ratio(plan, base),
     )
 
 
@@ -301,42 +304,50 @@ def _copy_examples(folder: RunFolder, tokens: Tokenized, name: SplitName) -> str
     return str(target)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedSchedule:
-    """``launch/schedule.json``: packs of the first epoch, the share of them that holds tokens, and what a step is."""
-
-    packs: int
-    fill: float
-    steps: int
-    steps_per_epoch: float
-    tokens_per_step: float
-
-
-def _schedule(plan: RunPlan, train: SplitInfo) -> PlannedSchedule:
-    arena = TokenArena.open(train.arena)
-    packing, optim, seed = plan.config.packing, plan.config.optim, plan.config.run.seed
-    first = pack(
-        arena.lengths, packing.capacity, algorithm=packing.algorithm, seed=seed, max_docs=packing.max_documents
-    )
-    schedule = training_schedule(
-        arena.lengths,
-        arena.targets,
-        capacity=packing.capacity,
-        algorithm=packing.algorithm,
-        max_documents=packing.max_documents,
-        seed=seed,
-        epochs=optim.epochs,
-        max_steps=optim.max_steps,
+def _schedule(plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
+    config = plan.config
+    planned = planned_schedule(
+        TokenArena.open(prepared.train.arena),
+        capacity=config.packing.capacity,
+        algorithm=config.packing.algorithm,
+        max_documents=config.packing.max_documents,
+        seed=config.run.seed,
+        epochs=config.optim.epochs,
+        max_steps=config.optim.max_steps,
         world_size=plan.world_size,
         accumulation=plan.accumulation,
+        cost_ratio=prepared.cost_ratio,
+        model_ratio=_model_ratio(plan, prepared.base),
+        sync=sync_of(plan.strategy),
     )
-    return PlannedSchedule(
-        packs=len(first),
-        fill=first.fill,
-        steps=schedule.num_steps,
-        steps_per_epoch=len(first) / plan.batch_packs,
-        tokens_per_step=arena.num_tokens / len(first) * plan.batch_packs,
-    )
+    if prepared.cost_ratio and not planned.by_time:
+        console.warn(
+            f"a document of {prepared.train.longest} tokens takes longer than a pack of {config.packing.capacity} may: "
+            "packs are filled by tokens, and the packs of a step are dealt to the ranks by time"
+        )
+    return planned
+
+
+def _cost_ratio(plan: RunPlan, base: BaseModel) -> float:
+    """By how much packs are filled by time: as configured, or from the shape of the base."""
+    packing = plan.config.packing
+    if packing.cost == "tokens":
+        return 0.0
+    ratio = packing.cost_ratio or _model_ratio(plan, base)
+    if ratio is None:
+        raise ConfigError(
+            "the time of a document cannot be told from this architecture",
+            where="packing.cost_ratio",
+            got="null with packing.cost=time",
+            allowed="a number above 0, in 1 / tokens",
+            do="set packing.cost_ratio (about 1e-4 for 0.1 B parameters, 2e-5 for 8 B), or packing.cost=tokens",
+        )
+    return ratio
+
+
+def _model_ratio(plan: RunPlan, base: BaseModel) -> float | None:
+    shape = folder_shape(Path(base.directory))
+    return None if shape is None else cost_ratio(shape, frozen_base=plan.config.method.name == "lora")
 
 
 def _marker(plan: RunPlan, prepared: Prepared, schedule: PlannedSchedule, *, seconds: float) -> Marker:

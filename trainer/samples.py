@@ -166,7 +166,8 @@ class Prepared:
 
     ``tokenizer`` is a folder with the tokenizer and the chat template that were used. ``validation_examples`` and
     ``test_examples`` are JSON-lines files of ``EvaluationExample`` ("" when there is none). ``dtype`` is the resolved
-    compute dtype ("float32", "bfloat16", "float16"). ``inputs`` is the digest of everything this depends on.
+    compute dtype ("float32", "bfloat16", "float16"). ``cost_ratio``: by how much packs are filled by time and not by
+    tokens (``data/timing.py``), 0: by tokens. ``inputs`` is the digest of everything this depends on.
     """
 
     format: int
@@ -189,3 +190,4 @@ class Prepared:
     dropped: list[Dropped]
     truncated: int
     sample: str
+    cost_ratio: float = 0.0

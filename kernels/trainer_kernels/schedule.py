@@ -81,6 +81,10 @@ class Schedule:
         spread = _sorted_by_cost(costs) if self.sync == "micro" else _even_sums(costs, self.world_size)
         return [places[entry] for entry in spread]
 
+    def documents(self, step: int) -> list[NDArray[np.int32]]:
+        """Document ids of the packs of ``step`` in the order of ``positions``, empty for an empty pack."""
+        return [self._documents(position) for position in self.positions(step)]
+
     def batches(self, rank: int, start: int = 0) -> Iterator[list[NDArray[np.int32]]]:
         """Per step from ``start`` on: ``accumulation`` arrays of document ids for ``rank``, empty for an empty pack."""
         whole("rank", rank, 0, self.world_size - 1)

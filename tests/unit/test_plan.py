@@ -100,6 +100,7 @@ COMBINATIONS = [
     (["experiment=smoke", "data.max_characters=9"], "data.max_characters", "has no effect with data.kind=smoke"),
     (["data.train=my.jsonl", "data.revision=main"], "data.revision", "has no effect: no data comes from the Hub"),
     (["task=text", "data.train=my.jsonl", "data.system=x"], "data.system", "has no effect with task.name=text"),
+    (["experiment=smoke", "packing.cost_ratio=1e-4"], "packing.cost_ratio", "has no effect with packing.cost=tokens"),
     (["data.train=my.jsonl", "data.split_overlap=9"], "data.split_overlap", "has no effect with data.over_long=error"),
     (
         ["data.train=my.jsonl", "data.over_long=split", "packing.capacity=64"],

@@ -94,7 +94,7 @@ def test_schedule_and_marker(smoke: tuple[RunFolder, Prepared]) -> None:
     folder, prepared = smoke
     plan = load_plan(folder.plan_json.read_bytes())
     schedule = json.loads((folder.launch / "schedule.json").read_text())
-    assert schedule.keys() == {"packs", "fill", "steps", "steps_per_epoch", "tokens_per_step"}
+    assert schedule.keys() == {"packs", "fill", "steps", "steps_per_epoch", "tokens_per_step", "waiting", "by_time"}
     assert schedule["steps"] == plan.config.optim.max_steps
     assert schedule["fill"] == pytest.approx(prepared.train.tokens / (schedule["packs"] * 256))
     assert schedule["steps_per_epoch"] == schedule["packs"] / 2

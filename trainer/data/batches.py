@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from trainer.batch import Batch
 from trainer.errors import DataError
-from trainer_kernels import PackingError, PackPlan, Schedule, TokenArena, collate, pack, schedule
+from trainer_kernels import CostModel, PackingError, PackPlan, Schedule, TokenArena, collate, pack, schedule
+from trainer_kernels.schedule import Sync
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
 Documents = NDArray[np.int32]
@@ -37,6 +38,8 @@ def training_schedule(
     max_steps: int | None,
     world_size: int,
     accumulation: int,
+    cost_ratio: float = 0.0,
+    sync: Sync = "step",
 ) -> Schedule:
     """The packs of every optimizer step of a run, for all ranks.
 
@@ -51,25 +54,69 @@ def training_schedule(
         max_steps: train exactly so many optimizer steps instead, however many passes that takes.
         world_size: ranks.
         accumulation: packs per rank and step; the global batch is ``world_size * accumulation`` packs.
+        cost_ratio: above 0, packs are filled by time (``timing.py``). Where a document takes more time than a pack has,
+            they are filled by tokens, and the packs of a step are dealt to the ranks by time.
+        sync: whether ranks wait for each other in every micro-batch ("micro") or once per step ("step").
 
     Raises:
         DataError: fewer packs than one step takes, a document longer than ``capacity``, a step without targets.
     """
 
     def packs(epoch: int) -> PackPlan:
-        return pack(lengths, capacity, algorithm=algorithm, seed=seed, epoch=epoch, max_docs=max_documents)
+        return epoch_packs(
+            lengths,
+            capacity=capacity,
+            algorithm=algorithm,
+            max_documents=max_documents,
+            seed=seed,
+            epoch=epoch,
+            cost_ratio=cost_ratio,
+        )
+
+    by_time = cost_ratio and not fits_by_time(lengths, capacity, cost_ratio)
 
     try:
         if max_steps is not None:
             # One pass more than the first one's packs say: other passes may need a pack less for the same documents.
             epochs = ceil(max_steps * world_size * accumulation / len(packs(0))) + 1
         return schedule(
-            packs, targets, epochs=epochs, world_size=world_size, accumulation=accumulation, max_steps=max_steps
+            packs,
+            targets,
+            epochs=epochs,
+            world_size=world_size,
+            accumulation=accumulation,
+            max_steps=max_steps,
+            sync=sync,
+            costs=CostModel(1.0, cost_ratio).weight(lengths) if by_time else None,
         )
     except PackingError as fault:
         raise DataError(
             fault.what, where="optim.batch_packs, packing", got=fault.got, allowed=fault.allowed, do=fault.do
         ) from fault
+
+
+def epoch_packs(
+    lengths: NDArray[np.int32],
+    *,
+    capacity: int,
+    algorithm: Algorithm,
+    max_documents: int | None,
+    seed: int,
+    epoch: int = 0,
+    cost_ratio: float = 0.0,
+) -> PackPlan:
+    """The packs of one pass over the documents; the arguments are those of ``training_schedule``.
+
+    Raises:
+        PackingError: a document longer than ``capacity``.
+    """
+    cost = CostModel(1.0, cost_ratio) if cost_ratio and fits_by_time(lengths, capacity, cost_ratio) else None
+    return pack(lengths, capacity, algorithm=algorithm, seed=seed, epoch=epoch, max_docs=max_documents, cost=cost)
+
+
+def fits_by_time(lengths: NDArray[np.int32], capacity: int, cost_ratio: float) -> bool:
+    """Whether the document that takes longest takes no more time than a pack of ``capacity`` has."""
+    return int(CostModel(1.0, cost_ratio).weight(lengths[[lengths.argmax()]])[0]) <= capacity
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +164,11 @@ class TrainingBatches:
                 documents=tuple(documents),
             )
 
+    def work(self, index: int) -> tuple[int, int]:
+        """Tokens of the documents of a step over all ranks, and the sum of the squares of their lengths."""
+        lengths = [self._arena.lengths[documents].astype(np.int64) for documents in self._schedule.documents(index)]
+        return sum(int(part.sum()) for part in lengths), sum(int((part * part).sum()) for part in lengths)
+
     def load(self, documents: Documents) -> Batch:
         """The micro-batch of these documents, on the device."""
         return make_batch(self._arena, documents, device=self._device, pad_token_id=self._pad_token_id)
@@ -153,7 +205,13 @@ def make_batch(arena: TokenArena, documents: Documents, *, device: torch.device,
 def held_out_batches(
     arena: TokenArena, *, capacity: int, rank: int, world_size: int, device: torch.device, pad_token_id: int
 ) -> Iterator[Batch]:
-    """Every document of ``arena`` once over all ranks, packed tightly; the packs do not depend on the world size."""
+    """Every document of ``arena`` once over all ranks, packed tightly; the packs do not depend on the world size.
+
+    Every rank gets the same number of batches, the last of some without documents: sharded models talk in each forward
+    pass.
+    """
     plan = pack(arena.lengths, capacity, algorithm="ffd")
-    for number in range(rank, len(plan), world_size):
-        yield make_batch(arena, plan.pack(number), device=device, pad_token_id=pad_token_id)
+    nothing = np.zeros(0, dtype=np.int32)
+    for first in range(0, len(plan), world_size):
+        documents = plan.pack(first + rank) if first + rank < len(plan) else nothing
+        yield make_batch(arena, documents, device=device, pad_token_id=pad_token_id)

@@ -10,6 +10,8 @@ from trainer.memory import MemoryEstimate
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, estimate_memory
 
+WORTH_A_WORD = 0.01
+"""From this share of lost time on, the plan says what can be done about it."""
 COUNTED = ("rows", "documents", "tokens", "targets", "longest")
 
 
@@ -50,8 +52,15 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         ("packs", f"{schedule.packs:,} in an epoch, {100 * schedule.fill:.1f} % filled"),
         ("steps", f"{schedule.steps:,} ({schedule.steps_per_epoch:.1f} in an epoch)"),
         ("tokens per step", f"{schedule.tokens_per_step:,.0f}"),
+        *([] if schedule.waiting is None else [("waiting", waiting_text(schedule.waiting, schedule.by_time))]),
         ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
     ]
+
+
+def waiting_text(share: float, by_time: bool) -> str:
+    """What ranks lose to the slowest one, and what to do about it where it is much."""
+    advice = "" if by_time or share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
+    return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
 
 
 def memory_text(memory: MemoryEstimate | None) -> str:
@@ -66,7 +75,12 @@ def memory_text(memory: MemoryEstimate | None) -> str:
         ("logits", memory.logits),
         ("communication", memory.communication),
     ]
-    return f"about {gigabytes(memory.peak)}: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
+    times = [("the whole model before it is cut", memory.loading), ("generating answers", memory.generating)]
+    return (
+        f"about {gigabytes(memory.step)}: "
+        + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
+        + "".join(f"; {name} {gigabytes(size)}" for name, size in times if size)
+    )
 
 
 def split_row(name: str, split: Split | None) -> list[str]:

@@ -72,6 +72,8 @@ class ScheduleView:
     steps: int
     steps_per_epoch: float
     tokens_per_step: float
+    waiting: float | None = None
+    by_time: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

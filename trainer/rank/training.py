@@ -5,8 +5,11 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
+import numpy as np
+
 from trainer.console import ProgressReport, progress
 from trainer.data.batches import TrainingBatches, training_schedule
+from trainer.data.timing import WARM_UP, measured_ratio, sync_of
 from trainer.data.tokenized import origins_path
 from trainer.distributed.strategy import Strategy
 from trainer.errors import NeedsPerson, RunError
@@ -50,10 +53,27 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
             record=partial(record_step, job, metrics, bar),
             warn=job.warn,
         )
+        began = state.step
         state = train(strategy, source, settings, hooks, state, job.stop)
+    summary = training_summary(state)
     if job.ranks.is_first:
         loss_curve(job.folder.metrics_jsonl, job.folder.curve_png, title=job.plan.name)
-    return training_summary(state)
+        summary |= suggest_cost_ratio(job, source, metrics, began)
+    return summary
+
+
+def suggest_cost_ratio(job: Job, source: TrainingBatches, metrics: MetricsFile, began: int) -> Summary:
+    """Say what the steps since ``began`` say about the time of packs. For the next run: this one's packs are fixed."""
+    records = [(step, seconds) for step, seconds in metrics.step_seconds() if step > began + WARM_UP]
+    table = np.array([(*source.work(step - 1), seconds) for step, seconds in records], np.float64).reshape(-1, 3)
+    found = measured_ratio(table[:, 0], table[:, 1], table[:, 2])
+    if found is None:
+        return {}
+    job.say(
+        f"measured over {found.steps} steps: packing.cost_ratio={found.ratio:.2g} (+-{found.error:.1g}) describes this "
+        "model on this machine; for another run with packing.cost=time"
+    )
+    return {"measured_cost_ratio": found.ratio}
 
 
 def training_batches(job: Job) -> TrainingBatches:
@@ -70,6 +90,8 @@ def training_batches(job: Job) -> TrainingBatches:
         max_steps=config.optim.max_steps,
         world_size=job.plan.world_size,
         accumulation=job.plan.accumulation,
+        cost_ratio=job.prepared.cost_ratio,
+        sync=sync_of(job.plan.strategy),
     )
     return TrainingBatches(
         arena,
@@ -109,12 +131,11 @@ def loop_settings(job: Job, steps: int) -> Settings:
 def validate(job: Job, strategy: Strategy, loss: PackedLoss) -> Mapping[str, float]:
     """Token-weighted loss of the validation split, and scores of its first rows if the config asks for them."""
     config = job.plan.config
-    with strategy.gathered():
-        figures = {"loss": measure_loss(job, loss, job.prepared.validation).mean}
-        if config.eval.generate_rows:
-            examples = read_examples(job.prepared.validation_examples)[: config.eval.generate_rows]
-            predictions = answer(job, loss, examples)
-            figures |= score(config.task.name, examples, predictions, job.prepared.labels).metrics
+    figures = {"loss": measure_loss(job, loss, job.prepared.validation).mean}
+    if config.eval.generate_rows:
+        examples = read_examples(job.prepared.validation_examples)[: config.eval.generate_rows]
+        predictions = answer(job, loss, examples, strategy)
+        figures |= score(config.task.name, examples, predictions, job.prepared.labels).metrics
     return figures
 
 

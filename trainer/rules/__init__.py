@@ -9,7 +9,7 @@ from trainer.errors import Problem
 from trainer.rules.data import legal_rules, source_rules, split_rules
 from trainer.rules.evaluation import generation_rules, task_rules, validation_rules
 from trainer.rules.run_folder import name_rules, secret_rules
-from trainer.rules.training import method_rules, model_rules, optim_rules
+from trainer.rules.training import method_rules, model_rules, optim_rules, packing_rules, parallel_rules
 
 __all__ = ["check"]
 
@@ -22,6 +22,8 @@ RULES = (
     task_rules,
     method_rules,
     optim_rules,
+    packing_rules,
+    parallel_rules,
     generation_rules,
     validation_rules,
     secret_rules,

@@ -11,6 +11,7 @@ from trainer.rules.problems import no_effect, not_among
 _LORA_ONLY = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "dora", "adapter")
 _FROM_ADAPTER = ("rank", "alpha", "targets", "layers", "rslora", "dora")
 _FULL_ONLY = ("freeze_layers", "freeze_embeddings")
+_FSDP_ONLY = ("reshard_after_forward", "reduce_every_micro_batch", "gather_for_generation")
 _LAYERS = re.compile(r"\s*-?\d*\s*:\s*-?\d*\s*")
 
 
@@ -89,6 +90,30 @@ def _layer_range(method: MethodConfig) -> Iterator[Problem]:
             got=method.layers,
             allowed="'15:' (from 15 on), ':8', '4:12', '-10:' (the last ten)",
             do='quote it in YAML: layers: "15:"',
+        )
+
+
+def packing_rules(config: Config) -> Iterator[Problem]:
+    """Yield settings of packing by time that go with packing by tokens."""
+    if config.packing.cost == "tokens":
+        do = "packing.cost=time, or remove it"
+        yield from no_effect("packing", config.packing, ("cost_ratio",), "packing.cost=tokens", do)
+
+
+def parallel_rules(config: Config) -> Iterator[Problem]:
+    """Yield settings of fsdp beside another way of sharing the work, and a dtype that fsdp cannot train in."""
+    parallel = config.parallel
+    if parallel.name != "fsdp":
+        yield from no_effect(
+            "parallel", parallel, _FSDP_ONLY, f"parallel.name={parallel.name}", "parallel=fsdp, or remove it"
+        )
+    elif config.model.dtype == "float16":
+        yield Problem(
+            what="cannot be trained by fsdp: float16 needs a loss scale, which it does not have",
+            where="model.dtype",
+            got="float16 with parallel=fsdp",
+            allowed="auto, bfloat16, float32",
+            do="model.dtype=bfloat16, or parallel=ddp",
         )
 
 

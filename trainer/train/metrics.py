@@ -70,6 +70,18 @@ class MetricsFile:
         with self.path.open("ab") as handle:
             handle.write(msgspec.json.encode(_as_json(values)) + b"\n")
 
+    def step_seconds(self) -> list[tuple[int, float]]:
+        """Step and wall time in seconds of every recorded step, without validation and saving.
+
+        The time is the sum of the parts but ``validation``: what a step itself takes.
+        """
+        found: list[tuple[int, float]] = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            record = msgspec.json.decode(line)
+            parts = {name: seconds for name, seconds in record["seconds"].items() if name != "validation"}
+            found.append((int(record["step"]), sum(parts.values())))
+        return found
+
     def sync(self) -> None:
         """Make the lines durable. Before a checkpoint is published: it must not know steps that the record lost."""
         if self.path.exists():
