@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trainer.errors import RunError
-from trainer.train.metrics import MetricsFile, StepRecord, StepTimer, peak_memory_gb
+from trainer.model.device import peak_memory_gb
+from trainer.train.metrics import MetricsFile, StepRecord, StepTimer
 
 
 def record(step: int, loss: float = 1.5, grad_norm: float = 0.5) -> StepRecord:

@@ -10,7 +10,6 @@ belongs to every forward pass, of training, evaluation and generation alike.
 import time
 from contextlib import AbstractContextManager, nullcontext
 
-import psutil
 import torch
 
 from trainer.errors import ModelError, nearest
@@ -44,14 +43,6 @@ def compute_context(device: torch.device, dtype: torch.dtype) -> AbstractContext
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; of a GPU, what torch holds without using it counts as free."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    return psutil.virtual_memory().available
 
 
 def resolve_dtype(

@@ -14,8 +14,9 @@ from trainer.export.inference import (
     widen,
 )
 from trainer.export.weights import export_adapter, export_merged
+from trainer.model.device import free_memory
 from trainer.model.loss import PackedLoss
-from trainer.model.precision import compute_context, free_memory, torch_dtype
+from trainer.model.precision import compute_context, torch_dtype
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import generate_here
 

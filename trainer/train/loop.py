@@ -19,9 +19,10 @@ from trainer.data.batches import PlannedStep, TrainingBatches
 from trainer.distributed.seeds import seed_all
 from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
+from trainer.model.device import peak_memory_gb
 from trainer.train.checkpoint.publish import SaveFailed
 from trainer.train.guard import Judge, NonFinite, StopFlag, non_finite
-from trainer.train.metrics import StepRecord, StepTimer, peak_memory_gb
+from trainer.train.metrics import StepRecord, StepTimer
 from trainer.train.state import TrainState
 
 

@@ -6,7 +6,6 @@ text "nan" or "inf" (JSON has no such number, and 0.0 would hide it).
 """
 
 import os
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from math import isfinite
 from pathlib import Path
 
 import msgspec
-import torch
 
 from trainer.errors import RunError
 from trainer.paths import write_atomic
@@ -132,10 +130,3 @@ class StepTimer:
     def total(self) -> float:
         """Seconds since the timer was made."""
         return time.perf_counter() - self._start
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process so far in 10^9 bytes: allocated on a CUDA device, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
