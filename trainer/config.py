@@ -233,8 +233,18 @@ class PackingConfig:
 class ParallelConfig:
     """How the ranks share the work."""
 
-    name: Literal["auto", "ddp"] = "auto"
-    """``ddp``: a replica per rank; ``auto``: one process alone, else ``ddp``."""
+    name: Literal["auto", "ddp", "fsdp"] = "auto"
+    """``ddp``: a replica per rank; ``fsdp``: a shard per rank of weights, gradients and optimizer state; ``auto``: one
+    process alone, else ``ddp``."""
+    reshard_after_forward: bool = True
+    """fsdp: give a layer's gathered weights back after its forward pass and gather them again in the backward pass;
+    false keeps them: less traffic, more memory."""
+    reduce_every_micro_batch: bool = False
+    """fsdp: reduce gradients into shards after every micro-batch; false adds them up whole on every rank (float32, of
+    all trained weights) and reduces once in an optimizer step: less traffic, more memory."""
+    gather_for_generation: bool = True
+    """fsdp: hold the whole model on every rank while answers are generated; false gathers a layer at a time for every
+    token: any model fits, and it is slow."""
 
 
 @dataclass(slots=True, kw_only=True)

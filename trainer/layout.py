@@ -10,7 +10,7 @@ from typing import Literal
 
 from trainer.config import Config
 from trainer.errors import Problem
-from trainer.memory import ModelShape
+from trainer.memory import ModelShape, StrategyName
 
 DEFAULT_BATCH_PACKS = 8
 
@@ -30,7 +30,7 @@ class Layout:
     device: Literal["cpu", "cuda"]
     processes: int
     threads: int
-    strategy: Literal["single", "ddp"]
+    strategy: StrategyName
     batch_packs: int
     accumulation: int
 
@@ -60,12 +60,12 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
                 do="model.dtype=auto",
             )
         )
-    if config.parallel.name == "ddp" and processes == 1:
+    if config.parallel.name != "auto" and processes == 1:
         problems.append(
             Problem(
                 what="needs at least two ranks",
                 where="parallel.name",
-                got="ddp with 1 rank",
+                got=f"{config.parallel.name} with 1 rank",
                 allowed="launch.processes of 2 or more",
                 do="launch.processes=2, or parallel=auto",
             )
@@ -77,10 +77,17 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
         device=device,
         processes=processes,
         threads=launch.threads or max(1, devices.cores // processes),
-        strategy="ddp" if processes > 1 else "single",
+        strategy=_strategy(config, processes),
         batch_packs=packs,
         accumulation=max(1, packs // processes),
     )
+
+
+def _strategy(config: Config, processes: int) -> StrategyName:
+    """Return what the ranks do: as configured, and DDP where the choice is left open."""
+    if processes == 1:
+        return "single"
+    return "ddp" if config.parallel.name == "auto" else config.parallel.name
 
 
 def batch_packs(config: Config) -> int:

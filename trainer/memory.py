@@ -9,10 +9,11 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+StrategyName = Literal["single", "ddp", "fsdp"]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -73,10 +74,27 @@ TINY = ModelShape(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """How fsdp divides a model among ``ranks``.
+
+    ``keep_layers``: gathered layers are kept from the forward to the backward pass. ``whole_gradients``: micro-batches
+    add up gradients of all trained weights on every rank. ``gather_for_generation``: every rank holds the whole model
+    while answers are generated.
+    """
+
+    ranks: int
+    keep_layers: bool
+    whole_gradients: bool
+    gather_for_generation: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
     """Bytes on one rank at the peak of an optimizer step. ``logits`` are those of one chunk of the loss.
 
-    ``trainable`` and ``total`` count weights.
+    ``communication``: gradient buckets of DDP; what fsdp gathers and the buffers it gathers and reduces through.
+    ``loading``, ``generating``: all that a rank holds at another time, when the whole model is there before fsdp cuts
+    it, and when it is gathered to generate; 0: never more than in a step. ``trainable`` and ``total`` count weights.
     """
 
     parameters: int
@@ -87,12 +105,19 @@ class MemoryEstimate:
     communication: int
     trainable: int
     total: int
+    loading: int = 0
+    generating: int = 0
 
     @property
-    def peak(self) -> int:
+    def step(self) -> int:
         """The sum: activations and logits are at their largest when everything else is there as well."""
         parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.logits, self.communication)
         return sum(parts)
+
+    @property
+    def peak(self) -> int:
+        """The most at any time of a run."""
+        return max(self.step, self.loading, self.generating)
 
 
 def read_shape(config: Mapping[str, object]) -> ModelShape | None:
@@ -176,7 +201,8 @@ def estimate(
     method: Literal["full", "lora"],
     dtype: str,
     capacity: int,
-    strategy: Literal["single", "ddp"],
+    strategy: StrategyName,
+    shards: Shards | None = None,
     adapter_parameters: int = 0,
     frozen_parameters: int = 0,
     traversed_layers: int | None = None,
@@ -187,9 +213,9 @@ def estimate(
 
     Full: weights, gradients and AdamW's two moments are float32, 16 bytes per weight, and autocast keeps a 16-bit copy
     of the linears (ZeRO, arXiv 1910.02054, section 3.1, counts the same states). LoRA: the base is held in the compute
-    dtype without gradients; adapters cost those 16 bytes. DDP adds flat gradient buckets as large as the gradients.
-    ``frozen_parameters`` of full fine-tuning have neither gradients nor moments. ``traversed_layers``: those that the
-    gradient passes through, from the lowest adapter up; None: all.
+    dtype without gradients; adapters cost those 16 bytes. DDP adds flat gradient buckets as large as the gradients;
+    FSDP (``shards``) is counted in ``_sharded``. ``frozen_parameters`` of full fine-tuning have neither gradients nor
+    moments. ``traversed_layers``: those that the gradient passes through, from the lowest adapter up; None: all.
     """
     size = BYTES[dtype]
     if method == "full":
@@ -200,7 +226,7 @@ def estimate(
         total, trainable = shape.parameters + adapter_parameters, adapter_parameters
         parameters = size * shape.parameters + 4 * adapter_parameters
     through = shape.layers if traversed_layers is None else traversed_layers
-    return MemoryEstimate(
+    whole = MemoryEstimate(
         parameters=parameters,
         gradients=4 * trainable,
         optimizer=8 * trainable,
@@ -209,6 +235,40 @@ def estimate(
         communication=4 * trainable if strategy == "ddp" else 0,
         trainable=trainable,
         total=total,
+    )
+    if shards is None:
+        return whole
+    stored = 4 * total if method == "full" else parameters
+    return _sharded(shape, whole, shards, stored=stored, size=size, adapter_parameters=adapter_parameters)
+
+
+def _sharded(
+    shape: ModelShape, whole: MemoryEstimate, shards: Shards, *, stored: int, size: int, adapter_parameters: int
+) -> MemoryEstimate:
+    """Divide what ``whole`` counts among the ranks, and add what fsdp gathers (``trainer/distributed/fsdp.py``).
+
+    ``stored``: bytes of all weights as they are stored, without copies that autocast makes. A layer is gathered in the
+    compute dtype of ``size`` bytes. At the peak one layer computes, the next one has been gathered, and a third place
+    is the flat buffer that it came through; embeddings and output layer are gathered as they are stored for the whole
+    micro-batch. Gradients are reduced in float32 from the largest of these groups, through one more buffer of its size;
+    with ``whole_gradients`` those of all trained weights are on every rank until the last micro-batch.
+    """
+    outer_weights = shape.embedding_parameters + shape.hidden
+    outer = outer_weights * (stored - 4 * adapter_parameters) // shape.parameters
+    adapters = adapter_parameters // shape.layers
+    layer = size * (shape.layer_parameters + adapters)
+    gathered = outer + layer * ((shape.layers if shards.keep_layers else 2) + 1)
+    largest = adapters or min(whole.trainable, max(shape.layer_parameters, outer_weights))
+    unreduced = 4 * (whole.trainable if shards.whole_gradients else largest)
+    parameters, optimizer = -(-stored // shards.ranks), -(-whole.optimizer // shards.ranks)
+    return replace(
+        whole,
+        parameters=parameters,
+        gradients=unreduced + -(-whole.gradients // shards.ranks),
+        optimizer=optimizer,
+        communication=gathered + 4 * largest,
+        loading=stored,
+        generating=parameters + optimizer + outer + layer * shape.layers if shards.gather_for_generation else 0,
     )
 
 

@@ -18,7 +18,7 @@ from trainer.inputs import absolute_paths, data_fingerprint, input_problems, mod
 from trainer.layout import Devices as Devices
 from trainer.layout import adapted_layers, batch_packs, layer_problems, plan_layout
 from trainer.markers import STAGES
-from trainer.memory import MemoryEstimate, estimate, lora_parameters
+from trainer.memory import MemoryEstimate, Shards, StrategyName, estimate, lora_parameters
 from trainer.rules import check as check
 
 FORMAT = 1
@@ -45,7 +45,7 @@ class RunPlan:
     world_size: int
     device: Literal["cpu", "cuda"]
     threads: int
-    strategy: Literal["single", "ddp"]
+    strategy: StrategyName
     batch_packs: int
     accumulation: int
     code_version: str
@@ -118,10 +118,24 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
         dtype=dtype,
         capacity=config.packing.capacity,
         strategy=plan.strategy,
+        shards=_shards(plan),
         adapter_parameters=adapter if method.name == "lora" else 0,
         frozen_parameters=frozen,
         traversed_layers=shape.layers - layers.start if method.name == "lora" else None,
         checkpointing=config.model.activation_checkpointing,
+    )
+
+
+def _shards(plan: RunPlan) -> Shards | None:
+    """Return how fsdp divides the model; None under the other strategies."""
+    if plan.strategy != "fsdp":
+        return None
+    parallel = plan.config.parallel
+    return Shards(
+        ranks=plan.world_size,
+        keep_layers=not parallel.reshard_after_forward,
+        whole_gradients=plan.accumulation > 1 and not parallel.reduce_every_micro_batch,
+        gather_for_generation=parallel.gather_for_generation,
     )
 
 
@@ -187,10 +201,14 @@ def identity_of(config: Config, of_model: str, of_data: str) -> str:
     return digest(identity_parts(config, of_model, of_data))[:10]
 
 
+def flat_identity(plan: RunPlan) -> dict[str, Any]:
+    """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
+    return _flat(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
+
+
 def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
     """Return what makes two runs different, one line each: ``optim.lr: 0.002 -> 0.001``; empty: nothing does."""
-    before = _flat(identity_parts(old.config, old.model_fingerprint, old.data_fingerprint))
-    after = _flat(identity_parts(new.config, new.model_fingerprint, new.data_fingerprint))
+    before, after = flat_identity(old), flat_identity(new)
     names = [*before, *(name for name in after if name not in before)]
     return [
         f"{name}: {_short(before.get(name))} -> {_short(after.get(name))}"

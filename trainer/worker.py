@@ -11,14 +11,13 @@ from typing import NoReturn
 
 from trainer.console import run_and_leave
 from trainer.distributed.ranks import start_ranks
-from trainer.distributed.strategy import make_strategy
 from trainer.fingerprint import digest
 from trainer.markers import is_current
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
 from trainer.rank.exports import write_exports
 from trainer.rank.job import STAGES, Job, read_inputs
-from trainer.rank.model import check_model, load_base, make_trainable, optimizer_maker, packed_loss
+from trainer.rank.model import check_model, load_base, make_trainable, packed_loss, planned_strategy, whole_model
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -67,23 +66,21 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
         return
     with job.stop.at_once("loading"):
         loss = packed_loss(job, make_trainable(job, model), logits_via)
-        strategy = make_strategy(
-            job.plan.strategy, job.ranks, dtype=job.compute_dtype, clip_norm=job.plan.config.optim.clip_norm
-        )
-        strategy.prepare(loss, optimizer_maker(job))
+        strategy = planned_strategy(job, loss)
     if "train" in todo:
         with job.stage("train") as summary:
             summary |= do_training(job, strategy, loss)
     with job.stop.at_once("loading"):
         load(strategy, best_checkpoint(job), weights_only=True)
     if "evaluate" in todo:
-        with job.stage("evaluate") as summary, strategy.gathered():
-            summary |= evaluate_on_test(job, "tuned", loss)
+        with job.stage("evaluate") as summary:
+            summary |= evaluate_on_test(job, "tuned", loss, strategy)
     check_gate(job)
     if "export" in todo:
-        with job.stage("export") as summary, strategy.gathered():
-            if job.ranks.is_first:
-                summary |= write_exports(job, loss)
+        with job.stage("export") as summary:
+            whole = whole_model(job, strategy, loss)
+            if whole is not None:
+                summary |= write_exports(job, whole)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ COMPANIONS = {
     "data/legal": ["task=classification"],
     "data/smoke": [],
     "parallel/ddp": ["launch.processes=2"],
+    "parallel/fsdp": ["launch.processes=2"],
 }
 
 
@@ -31,7 +32,7 @@ def plan(tmp_path: Path, *overrides: str, gpus: int = 0) -> RunPlan:
 
 
 def test_all_files_are_covered() -> None:
-    assert len(FILES) == 29
+    assert len(FILES) == 30
     assert [file.name for file in FILES if file.parent == CONF] == ["config.yaml"]
     assert EXPERIMENTS == ["legal_full", "legal_lora", "legal_sft", "smoke"]
     assert not list(CONF.rglob("*.yml"))

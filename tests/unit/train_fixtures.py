@@ -11,9 +11,11 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Literal, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -23,12 +25,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.console import run_and_report
 from trainer.data.batches import TrainingBatches, held_out_batches, training_schedule
+from trainer.distributed.fsdp import Sharding
 from trainer.distributed.ranks import Ranks, start_ranks
-from trainer.distributed.strategy import Strategy, make_strategy
+from trainer.distributed.strategy import Strategy, StrategyName, make_strategy
 from trainer.evaluate.loss import held_out_loss
-from trainer.model.adapters import attach_lora
+from trainer.model.adapters import (
+    attach_lora,
+    decoder_layer_modules,
+    enable_activation_checkpointing,
+    freeze,
+    inner_model,
+)
 from trainer.model.attention import IMPLEMENTATION, register
 from trainer.model.loss import PackedLoss
+from trainer.model.precision import torch_dtype
 from trainer.train.checkpoint.publish import retain, save
 from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
 from trainer.train.guard import Judge, StopFlag
@@ -40,9 +50,11 @@ from trainer_kernels import ArenaWriter, Schedule, TokenArena
 
 VOCABULARY = 67
 IDENTITY, BASE = "0123456789", "base"
+Variant = Literal["plain", "tied", "frozen", "checkpointed"]
+"""What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing."""
 
 
-def tiny_config(dropout: float = 0.0) -> LlamaConfig:
+def tiny_config(dropout: float = 0.0, *, tied: bool = False) -> LlamaConfig:
     """A Llama of hidden size 64 with 2 layers."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
@@ -53,23 +65,35 @@ def tiny_config(dropout: float = 0.0) -> LlamaConfig:
         num_key_value_heads=2,
         max_position_embeddings=256,
         attention_dropout=dropout,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
 
 
-def tiny_model(dropout: float = 0.0, seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(dropout: float = 0.0, seed: int = 0, *, tied: bool = False) -> LlamaForCausalLM:
     """The same random weights for the same seed."""
     register()
     torch.manual_seed(seed)
-    return LlamaForCausalLM._from_config(tiny_config(dropout), attn_implementation=IMPLEMENTATION)
+    return LlamaForCausalLM._from_config(tiny_config(dropout, tied=tied), attn_implementation=IMPLEMENTATION)
 
 
-def tiny_loss(*, lora: bool, dropout: float = 0.0, compute_dtype: torch.dtype = torch.float32) -> PackedLoss:
-    """The module that is trained: full, or adapters with dropout on a frozen base."""
-    model: nn.Module = tiny_model(dropout)
+def tiny_loss(
+    *,
+    lora: bool,
+    dropout: float = 0.0,
+    compute_dtype: torch.dtype = torch.float32,
+    variant: Variant = "plain",
+    dora: bool = False,
+) -> PackedLoss:
+    """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype."""
+    model: nn.Module = tiny_model(dropout, tied=variant == "tied")
+    if variant == "frozen":
+        freeze(inner_model(model), 1, True)
     if lora:
+        model = cast(nn.Module, model).to(compute_dtype)
         torch.manual_seed(7)
-        model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout)  # type: ignore[arg-type]
+        model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)  # type: ignore[arg-type]
+    if variant == "checkpointed":
+        enable_activation_checkpointing(model)
     return PackedLoss(model, chunk=16, compute_dtype=compute_dtype)
 
 
@@ -133,10 +157,23 @@ def tiny_strategy(
     clip_norm: float = 0.5,
     weight_decay: float = 0.01,
     dtype: torch.dtype = torch.float32,
+    kind: StrategyName | None = None,
+    variant: Variant = "plain",
+    dora: bool = False,
+    reshard: bool = True,
+    reduce_every: bool = False,
+    gather: bool = True,
 ) -> tuple[Strategy, PackedLoss]:
-    """A prepared strategy around the tiny model, and its loss module."""
-    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype)
-    strategy = make_strategy("single" if ranks.world_size == 1 else "ddp", ranks, dtype=dtype, clip_norm=clip_norm)
+    """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
+    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora)
+    sharding = Sharding(
+        layers=decoder_layer_modules(inner_model(loss.model)),
+        reshard_after_forward=reshard,
+        reduce_every_micro_batch=reduce_every,
+        gather_for_generation=gather,
+    )
+    kind = kind or ("single" if ranks.world_size == 1 else "ddp")
+    strategy = make_strategy(kind, ranks, dtype=dtype, clip_norm=clip_norm, sharding=sharding)
     strategy.prepare(
         loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     )
@@ -151,6 +188,12 @@ class Run:
     lora: bool = False
     dropout: float = 0.0
     world_size: int = 1
+    strategy: StrategyName | None = None
+    variant: Variant = "plain"
+    dora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard: bool = True
+    reduce_every: bool = False
     packs: int = 2
     epochs: float = 3.0
     max_steps: int | None = None
@@ -175,7 +218,19 @@ def train_run(
     folder = Path(run.folder)
     warnings: list[str] = []
     source = make_source(folder, ranks, packs=run.packs, epochs=run.epochs, max_steps=run.max_steps)
-    strategy, _ = tiny_strategy(ranks, lora=run.lora, dropout=run.dropout, lr=run.lr, clip_norm=run.clip_norm)
+    strategy, _ = tiny_strategy(
+        ranks,
+        lora=run.lora,
+        dropout=run.dropout,
+        lr=run.lr,
+        clip_norm=run.clip_norm,
+        dtype=torch_dtype(run.dtype),
+        kind=run.strategy,
+        variant=run.variant,
+        dora=run.dora,
+        reshard=run.reshard,
+        reduce_every=run.reduce_every,
+    )
     found = find_agreed(
         ranks,
         folder / "checkpoints",
@@ -266,17 +321,22 @@ def start(run: Run, *, file_limit: int = 0) -> list[Rank]:
     They are forked from a server that has imported torch and transformers once; nothing was computed in it.
     ``file_limit``: largest file in bytes that they may write, 0: any.
     """
+    return start_calls(partial(_train_run, run), Path(run.folder), run.world_size, file_limit=file_limit)
+
+
+def start_calls(call: Callable[[Ranks], None], folder: Path, world_size: int, *, file_limit: int = 0) -> list[Rank]:
+    """Start ranks that each do ``call``, a function of a module that another process finds; logs go to ``folder``."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["train_fixtures"])
     # Python 3.11's server does not get our sys.path, and what it cannot import it leaves out without a word.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # noqa: TID251
         forkserver.ensure_running()
     started: list[Rank] = []
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(run.world_size)}
-    for rank in range(run.world_size):
-        named = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if run.world_size > 1 else {}
-        log = Path(run.folder) / f"rank{rank}.log"
-        process = context.Process(target=_be_rank, args=(run, named, log, file_limit))
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    for rank in range(world_size):
+        named = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        log = folder / f"rank{rank}.log"
+        process = context.Process(target=_be_rank, args=(call, world_size, named, log, file_limit))
         process.start()
         started.append(Rank(process, log))
     return started
@@ -301,7 +361,18 @@ def run_ranks(run: Run, *, file_limit: int = 0) -> list[tuple[int, str]]:
     return finish(start(run, file_limit=file_limit))
 
 
-def _be_rank(run: Run, variables: Mapping[str, str], log: Path, file_limit: int) -> None:
+def run_calls(call: Callable[[Ranks], None], folder: Path, world_size: int = 2) -> list[tuple[int, str]]:
+    """Have ``world_size`` ranks do ``call`` and wait for their end."""
+    return finish(start_calls(call, folder, world_size))
+
+
+def _train_run(run: Run, ranks: Ranks) -> None:
+    train_run(run, ranks)
+
+
+def _be_rank(
+    call: Callable[[Ranks], None], world_size: int, variables: Mapping[str, str], log: Path, file_limit: int
+) -> None:
     """One rank, in its own process; the exit code is that of the error, as in the worker."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -311,9 +382,9 @@ def _be_rank(run: Run, variables: Mapping[str, str], log: Path, file_limit: int)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     def body() -> None:
-        ranks = start_ranks(device="cpu", world_size=run.world_size, threads=1)
+        ranks = start_ranks(device="cpu", world_size=world_size, threads=1)
         try:
-            train_run(run, ranks)
+            call(ranks)
         finally:
             ranks.close()
 

@@ -3,9 +3,8 @@
 The kind of wrapping and the dtype of what is trained are compared with the plan before anything is trained.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
+from trainer.distributed.prepared import prepared, trainable_parameters
 from trainer.distributed.ranks import Ranks
 from trainer.errors import TrainingFault
-
-T = TypeVar("T")
 
 
 class Plain:
@@ -25,6 +23,7 @@ class Plain:
     def __init__(self, ranks: Ranks, *, dtype: torch.dtype, clip_norm: float) -> None:
         self.ranks = ranks
         self.replicated = True
+        self.in_step = False
         self._clip_norm = clip_norm
         self._module: nn.Module | None = None
         self._inner: nn.Module | None = None
@@ -35,17 +34,17 @@ class Plain:
     @property
     def module(self) -> nn.Module:
         """The inner module, or DDP around it."""
-        return _prepared(self._module)
+        return prepared(self._module)
 
     @property
     def inner(self) -> nn.Module:
         """The module as given to ``prepare``."""
-        return _prepared(self._inner)
+        return prepared(self._inner)
 
     @property
     def optimizer(self) -> Optimizer:
         """Made on the device, after wrapping."""
-        return _prepared(self._optimizer)
+        return prepared(self._optimizer)
 
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -58,8 +57,7 @@ class Plain:
         Raises:
             TrainingFault: nothing to train, parameters that are not fp32, or a wrapping other than planned.
         """
-        self._trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        _check_trainable(self._trainable)
+        self._trainable = trainable_parameters(module)
         self._inner = module
         self._module = self.ranks.accelerator.prepare_model(module)
         wanted = DistributedDataParallel if self.ranks.world_size > 1 else type(module)
@@ -132,26 +130,3 @@ class Plain:
     def gathered(self) -> Iterator[nn.Module]:
         """Every rank has the whole model anyway."""
         yield self.inner
-
-
-def _check_trainable(trainable: Mapping[str, nn.Parameter]) -> None:
-    if not trainable:
-        raise TrainingFault(
-            "there is nothing to train",
-            got="0 trainable parameters",
-            do="check method.targets, method.layers, method.freeze_layers and method.freeze_embeddings",
-        )
-    narrow: Sequence[str] = [name for name, p in trainable.items() if p.dtype != torch.float32]
-    if narrow:
-        raise TrainingFault(
-            "trainable parameters have to be float32; the compute dtype is set by autocast",
-            got=f"{trainable[narrow[0]].dtype} in {len(narrow)} of {len(trainable)}, first {narrow[0]}",
-            allowed="torch.float32",
-            do="load the model in float32 for full fine-tuning, and make adapters in float32",
-        )
-
-
-def _prepared(value: T | None) -> T:
-    if value is None:
-        raise RuntimeError("the strategy was used before prepare()")
-    return value

@@ -13,21 +13,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.distributed.fragments import Fragment
+from trainer.distributed.fsdp import FullySharded, Sharding
 from trainer.distributed.plain import Plain
 from trainer.distributed.ranks import Ranks
 from trainer.errors import RunError
 
-StrategyName = Literal["single", "ddp"]
+StrategyName = Literal["single", "ddp", "fsdp"]
 
 
 class Strategy(Protocol):
     """A way to share the training among ranks. ``prepare`` comes first; then ``module`` is what the loop calls.
 
-    ``replicated``: every rank owns all weights and all optimizer state.
+    ``replicated``: every rank owns all weights and all optimizer state. ``in_step``: a forward pass inside ``gathered``
+    is still one that all ranks make together.
     """
 
     ranks: Ranks
     replicated: bool
+    in_step: bool
 
     @property
     def module(self) -> nn.Module:
@@ -95,28 +98,47 @@ class Strategy(Protocol):
         ...
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
-        """``inner`` with whole parameters, for evaluation and generation."""
+        """``inner`` as generation needs it: parts of it can be called, each rank on its own unless ``in_step``.
+
+        All ranks enter and leave together. A forward pass of ``module`` needs no ``gathered``, but the same number of
+        them on every rank.
+        """
         ...
 
 
-def make_strategy(kind: StrategyName, ranks: Ranks, *, dtype: torch.dtype, clip_norm: float) -> Strategy:
+def make_strategy(
+    kind: StrategyName, ranks: Ranks, *, dtype: torch.dtype, clip_norm: float, sharding: Sharding | None = None
+) -> Strategy:
     """The strategy named in the plan, for a group that was started.
 
     Args:
-        kind: "single" for one process, "ddp" for several.
+        kind: "single" for one process, "ddp" or "fsdp" for several.
         ranks: the group.
         dtype: compute dtype of the forward pass, which the module sees to itself; float16 adds a loss scale here.
             Trainable parameters are fp32 whatever it is.
         clip_norm: largest global gradient norm; 0 turns clipping off.
+        sharding: what "fsdp" cuts and when it gathers; the others have no use for it.
 
     Raises:
-        RunError: the kind does not fit the number of ranks.
+        RunError: the kind does not fit the number of ranks, or cannot train in ``dtype``.
     """
     if (kind == "single") != (ranks.world_size == 1):
         raise RunError(
             "the planned strategy does not fit the number of ranks",
             got=f"{kind} with {ranks.world_size} ranks",
-            allowed="single with one rank, ddp with several",
+            allowed="single with one rank, ddp or fsdp with several",
             do="plan again: `python -m trainer plan` with the same overrides",
         )
-    return Plain(ranks, dtype=dtype, clip_norm=clip_norm)
+    if kind != "fsdp":
+        return Plain(ranks, dtype=dtype, clip_norm=clip_norm)
+    if dtype == torch.float16:
+        raise RunError(
+            "fsdp has no loss scale, without which float16 cannot be trained",
+            where="model.dtype",
+            got="float16 with parallel=fsdp",
+            allowed="bfloat16, float32",
+            do="model.dtype=bfloat16, or parallel=ddp",
+        )
+    if sharding is None:
+        raise ValueError("fsdp needs to know the layers to shard")
+    return FullySharded(ranks, sharding, dtype=dtype, clip_norm=clip_norm)

@@ -9,6 +9,7 @@ the examples alone, so that one rank and many run the same batches. Nothing of t
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import ceil
 from typing import Protocol, cast
 
 import torch
@@ -30,7 +31,14 @@ class GeneratingModel(Protocol):
     config: PreTrainedConfig
     generation_config: GenerationConfig | None
 
-    def generate(self, inputs: torch.Tensor, *, attention_mask: torch.Tensor, past_key_values: Cache | None) -> object:
+    def generate(
+        self,
+        inputs: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None,
+        synced_gpus: bool,
+    ) -> object:
         """Prompt and new token ids, int64 [rows, prompt + new]."""
         ...
 
@@ -58,6 +66,7 @@ def generate(
     on_answered: Callable[[int], None] = lambda rows: None,
     rank: int = 0,
     world_size: int = 1,
+    in_step: bool = False,
 ) -> list[Prediction]:
     """Answer ``examples`` greedily; with ``world_size`` ranks, the share of ``rank``.
 
@@ -75,6 +84,8 @@ def generate(
         rank: which share of the batches to run.
         world_size: number of shares. Every share runs whole batches of the same division, so the answers do not depend
             on it; ``in_order`` puts the shares together.
+        in_step: all ranks make the same number of forward passes, because the model's layers talk in them; a rank that
+            has done its share answers a batch again, and that answer is not used.
 
     Returns:
         One prediction per example of this share, in the order of ``examples``.
@@ -89,16 +100,20 @@ def generate(
     inner = generating_model(model)
     _check_prompts(inner, examples, max_new_tokens)
     lengths = [len(example.prompt_ids) for example in examples]
-    mine = make_batches(lengths, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens)[rank::world_size]
+    batches = make_batches(lengths, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens)
+    mine = batches[rank::world_size]
+    idle = ceil(len(batches) / world_size) - len(mine) if in_step else 0
     found: dict[int, Prediction] = {}
     with _ready_to_generate(model, inner, settings):
         with compute():
             # Of all examples, not of this share: the answers must not depend on the number of ranks.
             prefix = shared_prefix(cast(nn.Module, inner), [example.prompt_ids for example in examples], device)
-        for rows in mine:
+        for number, rows in enumerate([*mine, *batches[-1:] * idle]):
             with compute():
                 prompts = [examples[row].prompt_ids for row in rows]
-                answers = _generate_batch(inner, prompts, prefix, pad_token_id, device)
+                answers = _generate_batch(inner, prompts, prefix, pad_token_id, device, in_step=in_step)
+            if number >= len(mine):
+                continue
             for row, answer in zip(rows, answers, strict=True):
                 found[row] = _prediction(examples[row].id, answer, settings.stop_token_ids, decode)
             on_answered(len(found))
@@ -216,11 +231,16 @@ def _generate_batch(
     prefix: SharedPrefix,
     pad_token_id: int,
     device: torch.device | str,
+    *,
+    in_step: bool,
 ) -> list[list[int]]:
     """New token ids per row, still with whatever follows a stop token."""
     input_ids, attention_mask = padded_prompts(prompts, prefix.ids, pad_token_id)
     output = inner.generate(
-        input_ids.to(device), attention_mask=attention_mask.to(device), past_key_values=prefix.for_rows(len(prompts))
+        input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        past_key_values=prefix.for_rows(len(prompts)),
+        synced_gpus=in_step,
     )
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"generate returned {type(output).__name__}; a tensor of token ids was expected")

@@ -178,12 +178,12 @@ def freeze(model: PreTrainedModel, layers: int, embeddings: bool) -> None:
     Raises:
         ModelError: more layers than the model has.
     """
-    stack, count = decoder_layers(model)
-    if not 0 <= layers <= count:
-        raise ModelError("no such decoder layers", where="method.freeze_layers", got=layers, allowed=f"0 to {count}")
+    stack = decoder_layer_modules(model)
+    if not 0 <= layers <= len(stack):
+        allowed = f"0 to {len(stack)}"
+        raise ModelError("no such decoder layers", where="method.freeze_layers", got=layers, allowed=allowed)
     model.requires_grad_(True)
-    decoder = cast(nn.Module, model.get_decoder())
-    for layer in list(cast(nn.ModuleList, decoder.get_submodule(stack)))[:layers]:
+    for layer in stack[:layers]:
         layer.requires_grad_(False)
     if embeddings:
         cast(nn.Module, model.get_input_embeddings()).requires_grad_(False)
@@ -222,6 +222,16 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, int]:
     raise ModelError(
         "cannot find the decoder layers of this model", got=type(model).__name__, do="leave method.layers unset"
     )
+
+
+def decoder_layer_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, first to last.
+
+    Raises:
+        ModelError: see ``decoder_layers``.
+    """
+    stack, _ = decoder_layers(model)
+    return list(cast(nn.ModuleList, cast(nn.Module, model.get_decoder()).get_submodule(stack)))
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -22,7 +22,7 @@ from trainer.rank.testing import generate_here
 
 
 def write_exports(job: Job, loss: PackedLoss) -> Summary:
-    """``export/adapter`` and ``export/merged``; merging uses the model up."""
+    """``export/adapter`` and ``export/merged`` of a whole model; merging uses it up."""
     config, base = job.plan.config, job.prepared.base
     inference, tokenizer = describe_inference(job, loss), Path(job.prepared.tokenizer)
     model = cast(Any, loss.model)  # a PeftModel with LoRA, else a PreTrainedModel
@@ -61,14 +61,15 @@ def describe_inference(job: Job, loss: PackedLoss) -> Inference:
         examples = openings([(ids.tolist(), learnt.tolist()) for ids, learnt in documents])
     chosen = choose_golden(examples)
     answers = generate_here(job, loss, chosen)
-    golden_dtype = widen(loss.model, free_memory(job.ranks.device))
+    device = next(loss.parameters()).device
+    golden_dtype = widen(loss.model, free_memory(device))
     if golden_dtype != "float32":
         job.warn(f"there is no room for the weights in float32: exports are compared in {golden_dtype}, less sharply")
     golden = golden_prompts(
         loss.model,
         chosen,
         answers,
-        compute=partial(compute_context, job.ranks.device, torch_dtype(golden_dtype)),
+        compute=partial(compute_context, device, torch_dtype(golden_dtype)),
     )
     return make_inference(
         base_name=base.name,

@@ -9,34 +9,40 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trainer.distributed.fsdp import Sharding
 from trainer.distributed.seeds import seed_all
+from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.model.adapters import (
     attach_lora,
     continue_lora,
     count_parameters,
+    decoder_layer_modules,
     enable_activation_checkpointing,
     freeze,
     inner_model,
     parse_layers,
 )
+from trainer.model.device import free_memory
 from trainer.model.load import load_model
 from trainer.model.loss import LogitsVia, PackedLoss
 from trainer.model.selfcheck import self_check
 from trainer.rank.job import Job, open_arena
 from trainer.train.optim import make_optimizer
 
+ROOM = 0.8
+"""Share of the free memory of a device that a second copy of the model may take."""
 PROBES = 4
 """Documents that the self-check looks at."""
 
 
-def load_base(job: Job) -> nn.Module:
-    """The base on the device: float32 when all of it is trained, else in the compute dtype."""
+def load_base(job: Job, device: torch.device | None = None) -> nn.Module:
+    """The base on ``device`` (None: this rank's): float32 when all of it is trained, else in the compute dtype."""
     config = job.plan.config
     weights = torch.float32 if config.method.name == "full" else job.compute_dtype
     trusted = config.model.trust_remote_code
     job.say(f"loading {job.prepared.base.name}: weights {weights}, computing in {job.prepared.dtype}")
     model = load_model(job.prepared.base.directory, dtype=weights, trust_remote_code=trusted)
-    return cast(nn.Module, model).to(job.ranks.device)
+    return cast(nn.Module, model).to(device or job.ranks.device)
 
 
 def check_model(job: Job, model: nn.Module) -> LogitsVia:
@@ -63,6 +69,15 @@ def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLoss
 
 def make_trainable(job: Job, model: nn.Module) -> nn.Module:
     """Adapters on a frozen base, or the base itself less what is frozen."""
+    trained = _with_adapters(job, model)
+    if job.plan.config.model.activation_checkpointing:
+        enable_activation_checkpointing(trained)
+    mine, every = count_parameters(trained)
+    job.say(f"training {mine:,} of {every:,} parameters ({100 * mine / every:.2f} %)")
+    return trained
+
+
+def _with_adapters(job: Job, model: nn.Module) -> nn.Module:
     method, inner = job.plan.config.method, inner_model(model)
     if method.name == "full":
         freeze(inner, method.freeze_layers, method.freeze_embeddings)
@@ -84,11 +99,57 @@ def make_trainable(job: Job, model: nn.Module) -> nn.Module:
             rslora=method.rslora,
             dora=method.dora,
         )
-    if job.plan.config.model.activation_checkpointing:
-        enable_activation_checkpointing(trained)
-    mine, every = count_parameters(trained)
-    job.say(f"training {mine:,} of {every:,} parameters ({100 * mine / every:.2f} %)")
     return trained
+
+
+def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
+    """The strategy of the plan around ``loss``, prepared."""
+    parallel = job.plan.config.parallel
+    sharding = None
+    if job.plan.strategy == "fsdp":
+        sharding = Sharding(
+            layers=decoder_layer_modules(inner_model(loss.model)),
+            reshard_after_forward=parallel.reshard_after_forward,
+            reduce_every_micro_batch=parallel.reduce_every_micro_batch,
+            gather_for_generation=parallel.gather_for_generation,
+        )
+    strategy = make_strategy(
+        job.plan.strategy,
+        job.ranks,
+        dtype=job.compute_dtype,
+        clip_norm=job.plan.config.optim.clip_norm,
+        sharding=sharding,
+    )
+    strategy.prepare(loss, optimizer_maker(job))
+    return strategy
+
+
+def whole_model(job: Job, strategy: Strategy, loss: PackedLoss) -> PackedLoss | None:
+    """The trained model in one piece, on rank 0, to be used up; None on the others. All ranks call this.
+
+    Where ranks own shards, rank 0 loads the base again and gets what was trained, one parameter at a time, in the dtype
+    in which it was trained. It is put into the main memory where the device has no room for it.
+    """
+    if strategy.replicated:
+        return loss if job.ranks.is_first else None
+    job.say("putting the shards together on rank 0")
+    copy = _plain_copy(job, loss) if job.ranks.is_first else None
+    places = {} if copy is None else dict(copy.named_parameters())
+    with torch.no_grad():
+        for name, tensor in strategy.full_parameters():
+            if tensor is not None:
+                places[name].copy_(tensor)
+    return copy
+
+
+def _plain_copy(job: Job, loss: PackedLoss) -> PackedLoss:
+    """The base with adapters, if there are any, as this rank had it before the strategy cut it."""
+    needed, device = sum(p.numel() * p.element_size() for p in loss.parameters()), job.ranks.device
+    if device.type != "cpu" and needed > ROOM * free_memory(device):
+        job.warn(f"the whole model ({needed / 1e9:.1f} GB) has no room beside the shards: it is exported from the CPU")
+        device = torch.device("cpu")
+    whole = _with_adapters(job, load_base(job, device))
+    return packed_loss(job, whole, loss.logits_via)
 
 
 def optimizer_maker(job: Job) -> Callable[[nn.Module], Optimizer]:

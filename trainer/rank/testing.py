@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from trainer.console import ProgressReport, progress
 from trainer.data.batches import held_out_batches
+from trainer.distributed.strategy import Strategy
 from trainer.errors import RunError, TrainingFault
 from trainer.evaluate.generate import generate, in_order
 from trainer.evaluate.loss import HeldOutLoss, held_out_loss
@@ -18,8 +20,11 @@ from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.samples import EvaluationExample, Prediction, SplitInfo
 
 
-def evaluate_on_test(job: Job, who: str, loss: PackedLoss) -> Summary:
-    """Loss and scores on the frozen test split into ``evaluation/<who>.json``; returns the marker's summary."""
+def evaluate_on_test(job: Job, who: str, loss: PackedLoss, strategy: Strategy | None = None) -> Summary:
+    """Loss and scores on the frozen test split into ``evaluation/<who>.json``; returns the marker's summary.
+
+    ``strategy``: the one that ``loss`` was prepared by; None: by none, every rank has the whole model.
+    """
     config, test = job.plan.config, job.prepared.test
     if test is None:
         job.say(f"{who}: there is no test split, nothing is measured")
@@ -29,7 +34,8 @@ def evaluate_on_test(job: Job, who: str, loss: PackedLoss) -> Summary:
     held_out = measure_loss(job, loss, test)
     examples = read_examples(job.prepared.test_examples) if config.task.name != "text" else []
     with progress(f"{who}: answers", len(examples)) as bar:
-        predictions = answer(job, loss, examples, on_answered=partial(_show_answered, job, bar, len(examples)))
+        shown = partial(_show_answered, job, bar, len(examples))
+        predictions = answer(job, loss, examples, strategy, on_answered=shown)
     scores = score(config.task.name, examples, predictions, job.prepared.labels) if examples else None
     metrics = scores.metrics if scores else {"perplexity": held_out.perplexity}
     evaluation = Evaluation(
@@ -67,14 +73,23 @@ def answer(
     job: Job,
     loss: PackedLoss,
     examples: Sequence[EvaluationExample],
+    strategy: Strategy | None = None,
     *,
     on_answered: Callable[[int], None] = lambda rows: None,
 ) -> list[Prediction]:
-    """The model's answers to ``examples``, of which every rank generates its share."""
+    """The model's answers to ``examples``, of which every rank generates its share; ``strategy`` as above."""
     if not examples:
         return []
-    rank, world_size = job.ranks.rank, job.ranks.world_size
-    share = generate_here(job, loss, examples, on_answered=on_answered, rank=rank, world_size=world_size)
+    with nullcontext() if strategy is None else strategy.gathered():
+        share = generate_here(
+            job,
+            loss,
+            examples,
+            on_answered=on_answered,
+            rank=job.ranks.rank,
+            world_size=job.ranks.world_size,
+            in_step=strategy is not None and strategy.in_step,
+        )
     return in_order(examples, job.ranks.gather(share))
 
 
@@ -86,8 +101,10 @@ def generate_here(
     on_answered: Callable[[int], None] = lambda rows: None,
     rank: int = 0,
     world_size: int = 1,
+    in_step: bool = False,
 ) -> list[Prediction]:
-    """Greedy answers of this process alone."""
+    """Greedy answers to the share of ``rank``, where the weights of ``loss`` are."""
+    device = next(loss.parameters()).device
     tokenizer = load_tokenizer(job.prepared.tokenizer)
 
     def decode(ids: list[int]) -> str:
@@ -101,11 +118,12 @@ def generate_here(
         pad_token_id=job.prepared.pad_token_id,
         batch_tokens=job.plan.config.eval.batch_tokens,
         decode=decode,
-        device=job.ranks.device,
-        compute=partial(compute_context, job.ranks.device, job.compute_dtype),
+        device=device,
+        compute=partial(compute_context, device, job.compute_dtype),
         on_answered=on_answered,
         rank=rank,
         world_size=world_size,
+        in_step=in_step,
     )
 
 

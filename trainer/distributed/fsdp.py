@@ -1,0 +1,251 @@
+"""The strategy in which every rank owns a part of everything: weights, gradients and optimizer state (FSDP2).
+
+torch's ``fully_shard`` is called directly, on a CPU and on a GPU alike: accelerate's own FSDP silently becomes DDP on a
+CPU. Each decoder layer is gathered for its forward and for its backward pass and given back after each; embeddings,
+last norm and output layer are one more group around them, gathered for a whole micro-batch. Whether parameters really
+are shards is read off the parameters after ``prepare``, not off a setting.
+
+Number formats. Masters, gradients that are reduced, and optimizer state are float32. The module computes under autocast
+by itself; still, in 16 bits the layers are gathered in the compute dtype (``layer_policy``): a gathered float32 matrix
+would be cast by autocast, and the graph keeps that cast, which nobody frees after the forward pass: every rank would
+hold the whole model in 16 bits until the backward pass is over. What a product sees are the same bits either way; norm
+weights and biases of the layers are rounded too, which autocast would not do. With LoRA a layer holds a frozen base in
+the compute dtype and float32 adapters; gathered in the compute dtype the two are one buffer. The outer group is
+gathered as it is stored, so that the residual stream starts in the dtype it has under the other strategies.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
+from trainer.distributed.prepared import prepared, trainable_parameters
+from trainer.distributed.ranks import Ranks
+from trainer.errors import TrainingFault
+
+ROWS = Shard(0)
+"""Every parameter is cut by rows, as ``torch.chunk`` cuts: the last ranks may have fewer, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sharding:
+    """How a model is cut and when its parts are together.
+
+    ``layers``: the modules that are gathered one at a time, the decoder layers. ``reshard_after_forward``: give a
+    layer's weights back after its forward pass; False keeps them until its backward pass (less traffic, more memory).
+    ``reduce_every_micro_batch``: reduce gradients into shards after each micro-batch; False adds them up whole on every
+    rank and reduces once in a step. ``gather_for_generation``: hold the whole model on every rank in ``gathered()``.
+    """
+
+    layers: Sequence[nn.Module]
+    reshard_after_forward: bool = True
+    reduce_every_micro_batch: bool = False
+    gather_for_generation: bool = True
+
+
+class FullySharded:
+    """Every rank owns rows of every parameter and of its optimizer state; layers are gathered while they compute."""
+
+    def __init__(self, ranks: Ranks, sharding: Sharding, *, dtype: torch.dtype, clip_norm: float) -> None:
+        self.ranks = ranks
+        self.replicated = False
+        self.in_step = not sharding.gather_for_generation
+        self._sharding = sharding
+        self._dtype = dtype
+        self._clip_norm = clip_norm
+        self._module: nn.Module | None = None
+        self._root: FSDPModule | None = None
+        self._layers: list[FSDPModule] = []
+        self._optimizer: Optimizer | None = None
+        self._trainable: dict[str, nn.Parameter] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as given to ``prepare``: sharding changes it in place and wraps nothing."""
+        return prepared(self._module)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The same."""
+        return self.module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Made over the shards."""
+        return prepared(self._optimizer)
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """By name; DTensors, whose ``shape`` is that of the whole parameter."""
+        return self._trainable
+
+    def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
+        """Cut ``module`` into shards and make the optimizer over them.
+
+        Raises:
+            TrainingFault: nothing to train, parameters that are not fp32, layers that are not in ``module``, or
+                parameters that are not the planned shards afterwards.
+        """
+        trainable_parameters(module)
+        _check_layers(module, self._sharding.layers)
+        dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,), mesh_dim_names=("shard",))
+        policy = layer_policy(self._dtype)
+        self._layers = [
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self._sharding.reshard_after_forward, mp_policy=policy)
+            for layer in self._sharding.layers
+        ]
+        self._root = fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        check_shards(module, mesh, dtypes)
+        # Otherwise whichever module computes first becomes the root, and in generation that is a layer.
+        self._root._get_fsdp_state()._lazy_init()
+        self._module = module
+        self._trainable = trainable_parameters(module)
+        self._optimizer = make_optimizer(module)
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Reduce gradients in the ``last`` micro-batch, or in each; only after the last one somebody waits for it."""
+        root = prepared(self._root)
+        root.set_requires_gradient_sync(last or self._sharding.reduce_every_micro_batch)
+        root.set_is_last_backward(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of ``loss``; ``fully_shard`` averages them over the ranks."""
+        loss.backward()
+
+    def clip(self) -> torch.Tensor:
+        """Global L2 norm over the shards of all ranks; ``clip_norm`` 0 only measures it."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        # Now, and not in every product with it: until then the norm is a part per rank.
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(list(self._trainable.values()), self._clip_norm, whole)
+        return whole
+
+    @property
+    def may_overflow(self) -> bool:
+        """Never: there is no loss scale, float16 is refused."""
+        return False
+
+    def step(self) -> None:
+        """Optimizer step on the shards, then clear the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def fragments(self, *, saving: bool) -> Iterator[Fragment]:
+        """This rank's rows of every parameter that has some for it."""
+        for name, parameter in self._trainable.items():
+            state = adam_state(self.optimizer, parameter)
+            whole = {"param": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+            flat = {key: local(tensor).view(-1) for key, tensor in whole.items()}
+            start, length = shard_of(parameter.shape, rank=self.ranks.rank, world_size=self.ranks.world_size)
+            if length:
+                yield Fragment(name, start, tuple(parameter.shape), state["step"], flat)
+
+    def scaler_state(self) -> dict[str, float]:
+        """There is no loss scale."""
+        return {}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """There is no loss scale to set."""
+
+    def refresh(self) -> None:
+        """Give back what is gathered, so that the next forward pass gathers what was written."""
+        for part in (prepared(self._root), *self._layers):
+            part.reshard()
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Gathered one at a time; no rank ever holds two."""
+        for name, parameter in self._trainable.items():
+            whole = parameter.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            yield name, whole if self.ranks.is_first else None
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The outer group is whole; the layers are too with ``gather_for_generation``, else one at a time."""
+        root, whole = prepared(self._root), self._sharding.gather_for_generation
+        root.unshard()
+        for layer in self._layers if whole else []:
+            layer.set_reshard_after_forward(False, recurse=False)
+            layer.unshard()
+        try:
+            yield self.inner
+        finally:
+            for layer in self._layers:
+                layer.set_reshard_after_forward(self._sharding.reshard_after_forward, recurse=False)
+            self.refresh()
+
+
+def layer_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Layers are gathered in the compute ``dtype`` and their gradients reduced in float32 (see the module's text)."""
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def shard_of(shape: Sequence[int], *, rank: int, world_size: int) -> tuple[int, int]:
+    """(first element, number of elements) of ``rank`` in the flattened parameter: ``torch.chunk`` over its rows."""
+    rows, row = -(-shape[0] // world_size), prod(shape[1:])
+    first, last = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+    return first * row, (last - first) * row
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, as a live view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def check_shards(module: nn.Module, mesh: DeviceMesh, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Check that every parameter of ``module``, trained or frozen, is cut by rows over ``mesh`` in its own dtype.
+
+    Raises:
+        TrainingFault: one is not; the message says what it is.
+    """
+    planned = f"{ROWS!r} over {mesh.size()} ranks"
+    for name, parameter in module.named_parameters():
+        got = _describe(parameter)
+        wanted = f"{planned} in {dtypes[name]}"
+        if got == wanted and isinstance(parameter, DTensor):
+            _, length = shard_of(parameter.shape, rank=mesh.get_local_rank(), world_size=mesh.size())
+            held = local(parameter.detach()).numel()
+            got, wanted = f"{held} elements on this rank", f"{length} elements"
+            if held == length:
+                continue
+        raise TrainingFault(
+            "a parameter is not sharded as planned",
+            where=name,
+            got=got,
+            allowed=wanted,
+            do="report this together with the versions that `python -m trainer doctor` prints",
+        )
+
+
+def _describe(parameter: torch.Tensor) -> str:
+    if not isinstance(parameter, DTensor):
+        return f"a whole {type(parameter).__name__} in {parameter.dtype}"
+    cut = " and ".join(repr(placement) for placement in parameter.placements)
+    return f"{cut} over {parameter.device_mesh.size()} ranks in {parameter.dtype}"
+
+
+def _check_layers(module: nn.Module, layers: Sequence[nn.Module]) -> None:
+    inside = set(module.modules())
+    foreign = [layer for layer in layers if layer not in inside]
+    if foreign or not layers:
+        raise TrainingFault(
+            "there are no decoder layers to shard one by one: every rank would gather the whole model at once",
+            got=f"{len(layers)} layers, {len(foreign)} of them not in this model",
+            allowed="the decoder layers of the model",
+            do="use parallel=ddp, and report the name of the base model",
+        )
