@@ -17,6 +17,7 @@ from typing import NoReturn
 from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
 from trainer.drive.run import VERBS, do_existing, do_new
+from trainer.drive.show import show_runs
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 
@@ -27,9 +28,12 @@ python -m trainer [verb] [RUN ...] [overrides]
   python -m trainer plan +experiment=legal_lora         say what would be done
   python -m trainer data=files data.train=my.jsonl      the same with your own data
   python -m trainer evaluate outputs/my/0123456789      one stage of a run that exists
+  python -m trainer show outputs/my/0123456789          how it stands; with several runs: how they differ
 
 Verbs:
 """
+SHOW = "show"
+SHOW_HELP = "how a run stands: stages, curves, scores, verified checkpoints; several runs: side by side"
 OPTIONS = """\
 
 Options:
@@ -78,7 +82,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, "help"):
+    if verb not in (*VERBS, SHOW, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -106,12 +110,12 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, "help"))
+    guess = nearest(word, (*VERBS, SHOW, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join(VERBS)}, {SHOW}, help; a run folder; or overrides such as +experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -132,13 +136,28 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     if words.version:
         console.say(__version__)
     elif words.help:
-        verbs = "".join(f"  {name:10} {verb.help}\n" for name, verb in VERBS.items())
+        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP}
+        verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
+    elif words.verb == SHOW:
+        _show(words)
     elif words.runs:
         return _existing(words, cwd)
     else:
         return _new(words, arguments, cwd)
     return EXIT_DONE
+
+
+def _show(words: Words) -> None:
+    if not words.runs or words.overrides or words.multirun or words.show_config:
+        raise UserError(
+            "show looks at runs as they are",
+            where="command line",
+            got="no run folder" if not words.runs else "settings or options beside the run folders",
+            allowed="one run folder, or several to compare",
+            do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
+        )
+    show_runs(words.runs)
 
 
 def _existing(words: Words, cwd: Path) -> int:
