@@ -47,7 +47,7 @@ def test_an_unknown_verb_gets_the_nearest() -> None:
 
     problem = caught.value.problems[0]
     assert (problem.got, problem.do) == ("trian", "did you mean 'train'?")
-    assert problem.allowed.startswith("run, plan, prepare, train, evaluate, export, verify, help;")
+    assert problem.allowed.startswith("run, plan, prepare, train, evaluate, export, verify, show, help;")
 
 
 def test_an_experiment_without_its_key_is_explained() -> None:
