@@ -6,18 +6,22 @@ A leaf: numpy and numba only, no torch, nothing of the trainer. ``reference`` ho
 everything; where the two differ, the reference is right.
 """
 
-from trainer_kernels.arena import ARENA_FORMAT, ArenaWriter, TokenArena
-from trainer_kernels.collate import IGNORE, CompactBatch, PackedBatch, collate
+from trainer_kernels.ahead import Ahead
+from trainer_kernels.arena import ARENA_FORMAT, TokenArena
+from trainer_kernels.collate import IGNORE, Buffers, CompactBatch, PackedBatch, collate
 from trainer_kernels.errors import ArenaError, PackingError
 from trainer_kernels.packing import PLAN_FORMAT, CostModel, PackPlan, pack
 from trainer_kernels.schedule import Schedule, schedule
+from trainer_kernels.writer import ArenaWriter
 
 __all__ = [
     "ARENA_FORMAT",
     "IGNORE",
     "PLAN_FORMAT",
+    "Ahead",
     "ArenaError",
     "ArenaWriter",
+    "Buffers",
     "CompactBatch",
     "CostModel",
     "PackPlan",

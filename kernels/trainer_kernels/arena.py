@@ -4,21 +4,16 @@ A token is an int32: the id in bits 0 to 30, and bit 31 SET when the token is no
 no second file and no second read. A document is a view (start, length) into the tokens; views may overlap, which is how
 a long row becomes overlapping chunks: the ``muted`` first tokens of a chunk are context, learnt in the chunk before.
 
-A folder holds ``tokens.bin`` (little-endian int32), one ``.npy`` file per index array and ``meta.json``. It is written
-beside its place and renamed: it is there whole, or not at all. Nothing in it is ever unpickled.
+A folder, made by ``writer.py``, holds ``tokens.bin`` (little-endian int32), one ``.npy`` file per index array and
+``meta.json``. Nothing in it is ever unpickled.
 """
 
 import hashlib
 import json
 import os
-import secrets
-import shutil
-from array import array
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +29,9 @@ NO_LOSS = -(1 << 31)
 ID_MASK = (1 << 31) - 1
 """``tokens & ID_MASK`` are the ids."""
 
-_TOKENS = "tokens.bin"
-_META = "meta.json"
-_INDEX = {"starts": "<i8", "lengths": "<i4", "muted": "<i4", "targets": "<i4"}
+TOKENS = "tokens.bin"
+META = "meta.json"
+INDEX = {"starts": "<i8", "lengths": "<i4", "muted": "<i4", "targets": "<i4"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,150 +104,6 @@ class TokenArena:
         return arena
 
 
-class ArenaWriter:
-    """Writes a new arena at folder ``path``, document by document, in bounded memory.
-
-    Use it as a context manager; ``close`` publishes. Leaving the block by an exception, or without ``close``,
-    publishes nothing. If another process publishes the same content first, that arena is used.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        if self._path.exists():
-            raise ArenaError(
-                "the place of the new arena is taken",
-                got=self._path,
-                allowed="a path that does not exist",
-                do="open the arena that is there, or remove the folder",
-            )
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self._path.parent / f".{self._path.name}.partial-{secrets.token_hex(8)}"
-        self._partial.mkdir()
-        self._file: BinaryIO = open(self._partial / _TOKENS, "wb")  # noqa: SIM115  (closed by close or _abandon)
-        self._hash = hashlib.sha256()
-        self._stored = 0
-        self._index = {"starts": array("q"), "lengths": array("i"), "muted": array("i"), "targets": array("i")}
-        self._state = "open"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._state == "open":
-            self._abandon()
-            if kind is None:
-                raise ArenaError(
-                    "the arena was left without close()",
-                    got=f"{len(self._index['starts'])} documents, now discarded",
-                    allowed="close() inside the with block",
-                    do="call close(meta) after the last document",
-                )
-
-    def add(
-        self,
-        input_ids: NDArray[np.integer] | Sequence[int],
-        loss_mask: NDArray[np.bool_] | Sequence[bool],
-        views: Sequence[tuple[int, int, int]] | None = None,
-    ) -> None:
-        """Store one run of tokens and the documents seen in it.
-
-        ``input_ids`` int[n], ids in ``[0, 2**31)``, n >= 1. ``loss_mask`` bool[n]: True where the token itself is
-        learnt. ``views``: ``(start, length, muted)`` per document, relative to this run; None is the whole run.
-        """
-        self._must_be_open()
-        ids, mask = _checked_run(input_ids, loss_mask)
-        spans = [(0, len(ids), 0)] if views is None else list(views)
-        for start, length, muted in spans:
-            if not (start >= 0 and 1 <= length <= len(ids) - start and 0 <= muted <= length):
-                raise ArenaError(
-                    "a view does not lie in its run of tokens",
-                    got=f"start {start}, length {length}, muted {muted} of {len(ids)} tokens",
-                    allowed="0 <= start, 1 <= length, start + length <= n, 0 <= muted <= length",
-                    do="cut views inside the tokens they belong to",
-                )
-        raw = np.where(mask, ids, ids | NO_LOSS).astype("<i4").tobytes()
-        self._file.write(raw)
-        self._hash.update(raw)
-        for start, length, muted in spans:
-            self._index["starts"].append(self._stored + start)
-            self._index["lengths"].append(length)
-            self._index["muted"].append(muted)
-            self._index["targets"].append(int(np.count_nonzero(mask[start + max(1, muted) : start + length])))
-        self._stored += len(ids)
-
-    def close(self, meta: Mapping[str, Any] | None = None) -> TokenArena:
-        """Publish the arena with ``meta`` (JSON values) and open it. Raises ``ArenaError`` when it has no document."""
-        self._must_be_open()
-        try:
-            note = json.dumps(dict(meta or {}), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ArenaError(
-                "the note of the arena is not JSON", got=error, allowed="JSON values", do="convert it before close()"
-            ) from error
-        if not self._index["starts"]:
-            raise ArenaError(
-                "an arena needs documents", got="none", allowed="at least 1", do="check which rows were dropped"
-            )
-        sha256 = self._write_index(json.loads(note))
-        _sync(self._partial)
-        self._state = "closed"
-        try:
-            os.rename(self._partial, self._path)
-        except OSError:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            if not self._path.exists():
-                raise
-            return TokenArena.open(self._path, sha256, verify=False)
-        _sync(self._path.parent)
-        return TokenArena.open(self._path, sha256, verify=False)
-
-    def _write_index(self, note: dict[str, Any]) -> str:
-        """Finish ``tokens.bin``, write the index and ``meta.json``; returns the arena's hash."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        hashes = {_TOKENS: self._hash.hexdigest()}
-        for name, dtype in _INDEX.items():
-            file = self._partial / f"{name}.npy"
-            with open(file, "wb") as stream:
-                np.save(stream, np.array(self._index[name], dtype), allow_pickle=False)
-                stream.flush()
-                os.fsync(stream.fileno())
-            hashes[file.name] = _file_hash(file)
-        sha256 = _arena_hash(hashes)
-        record = {
-            "kind": KIND,
-            "format": ARENA_FORMAT,
-            "sha256": sha256,
-            "num_documents": len(self._index["starts"]),
-            "num_tokens": sum(self._index["lengths"]),
-            "num_targets": sum(self._index["targets"]),
-            "files": {
-                name: {"bytes": (self._partial / name).stat().st_size, "sha256": digest}
-                for name, digest in hashes.items()
-            },
-            "meta": note,
-        }
-        with open(self._partial / _META, "w", encoding="utf-8") as stream:
-            json.dump(record, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return sha256
-
-    def _must_be_open(self) -> None:
-        if self._state != "open":
-            raise ArenaError(
-                "the writer has ended", got=self._state, allowed="add() and close() once", do="make another writer"
-            )
-
-    def _abandon(self) -> None:
-        self._state = "abandoned"
-        self._file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-
 @dataclass(frozen=True, slots=True)
 class _Record:
     """``meta.json`` after all checks of its form."""
@@ -265,46 +116,18 @@ class _Record:
     meta: dict[str, Any]
 
 
-def _checked_run(
-    input_ids: NDArray[np.integer] | Sequence[int], loss_mask: NDArray[np.bool_] | Sequence[bool]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    ids = np.asarray(input_ids)
-    mask = np.asarray(loss_mask)
-    if (
-        ids.ndim != 1
-        or len(ids) == 0
-        or ids.dtype.kind not in "iu"
-        or mask.dtype != np.bool_
-        or mask.shape != ids.shape
-    ):
-        raise ArenaError(
-            "tokens and their loss mask do not fit",
-            got=f"ids {ids.dtype}{list(ids.shape)}, mask {mask.dtype}{list(mask.shape)}",
-            allowed="integer ids [n] and a bool mask [n], n >= 1",
-            do="give one bool per token, and leave empty rows out",
-        )
-    if int(ids.min()) < 0 or int(ids.max()) > ID_MASK:
-        raise ArenaError(
-            "a token id does not fit in 31 bits",
-            got=f"{int(ids.min())} to {int(ids.max())}",
-            allowed=f"0 to {ID_MASK}",
-            do="use the ids of the tokenizer; mark ignored tokens in the loss mask",
-        )
-    return ids.astype(np.int64), mask
-
-
 def _read_record(folder: Path) -> _Record:
     try:
-        text = (folder / _META).read_text(encoding="utf-8")
+        text = (folder / META).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArenaError(
-            "there is no arena", got=folder, allowed=f"a folder with {_META}", do="prepare the data"
+            "there is no arena", got=folder, allowed=f"a folder with {META}", do="prepare the data"
         ) from error
     try:
         record = json.loads(text)
         kind, version = record["kind"], record["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / _META, f"not the record of an arena ({error!r})") from error
+        raise _damaged(folder / META, f"not the record of an arena ({error!r})") from error
     if (kind, version) != (KIND, ARENA_FORMAT):
         raise ArenaError(
             f"{folder} is of another format",
@@ -314,7 +137,7 @@ def _read_record(folder: Path) -> _Record:
         )
     try:
         files = record["files"]
-        names = [_TOKENS, *(f"{name}.npy" for name in _INDEX)]
+        names = [TOKENS, *(f"{name}.npy" for name in INDEX)]
         result = _Record(
             sha256=str(record["sha256"]),
             num_documents=int(record["num_documents"]),
@@ -324,9 +147,9 @@ def _read_record(folder: Path) -> _Record:
             meta=dict(record["meta"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / _META, f"not the record of an arena ({error!r})") from error
-    if _arena_hash(result.hashes) != result.sha256:
-        raise _damaged(folder / _META, "its hash is not that of the hashes of its files")
+        raise _damaged(folder / META, f"not the record of an arena ({error!r})") from error
+    if arena_hash(result.hashes) != result.sha256:
+        raise _damaged(folder / META, "its hash is not that of the hashes of its files")
     return result
 
 
@@ -342,14 +165,14 @@ def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:
 
 def _check_hashes(folder: Path, hashes: dict[str, str]) -> None:
     for name, expected in hashes.items():
-        found = _file_hash(folder / name)
+        found = file_hash(folder / name)
         if found != expected:
             raise _damaged(folder / name, f"sha256 {found} instead of {expected}")
 
 
 def _map_files(folder: Path, record: _Record) -> TokenArena:
     index: dict[str, NDArray[Any]] = {}
-    for name, dtype in _INDEX.items():
+    for name, dtype in INDEX.items():
         file = folder / f"{name}.npy"
         try:
             values = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -357,10 +180,10 @@ def _map_files(folder: Path, record: _Record) -> TokenArena:
             raise _damaged(file, "not a plain array of numbers") from error
         if values.dtype != np.dtype(dtype) or values.shape != (record.num_documents,):
             raise _damaged(file, f"{values.dtype}{list(values.shape)} instead of {dtype}[{record.num_documents}]")
-        index[name] = values
+        index[name] = np.asarray(values)  # the same memory, without the slow indexing of np.memmap
     return TokenArena(
         path=folder,
-        tokens=np.memmap(folder / _TOKENS, dtype="<i4", mode="r"),
+        tokens=np.asarray(np.memmap(folder / TOKENS, dtype="<i4", mode="r")),
         starts=index["starts"],
         lengths=index["lengths"],
         muted=index["muted"],
@@ -389,20 +212,13 @@ def _damaged(file: Path, how: str) -> ArenaError:
     )
 
 
-def _arena_hash(hashes: dict[str, str]) -> str:
+def arena_hash(hashes: dict[str, str]) -> str:
+    """The hash of an arena, of those of its files."""
     content = json.dumps({"kind": KIND, "format": ARENA_FORMAT, "files": hashes}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _file_hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

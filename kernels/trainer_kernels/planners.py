@@ -27,6 +27,8 @@ _1 = np.uint64(1)
 _63 = np.uint64(63)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
+Number = int | np.integer[Any]
+
 
 @intrinsic
 def _leading_zeros(typing_context: Any, value: Any = None) -> Any:
@@ -41,9 +43,6 @@ def _leading_zeros(typing_context: Any, value: Any = None) -> Any:
 # A set of small whole numbers with two levels of bits: bit i of `words` is the number i; bit j of `summary` is set if
 # words[j] is not zero. It may also be set when words[j] has become zero since: a search that comes by clears it.
 # Finding the nearest member looks at a handful of words.
-
-
-Number = int | np.integer[Any]
 
 
 @compiled

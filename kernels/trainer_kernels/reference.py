@@ -167,25 +167,31 @@ def is_target(arena: TokenArena, document: int) -> list[bool]:
     return [t >= 1 and t >= muted and token >= 0 for t, token in enumerate(raw)]
 
 
-def collate(arena: TokenArena, documents: Sequence[int], *, pad_to: int | None = None, pad_id: int = 0) -> PackedBatch:
+def collate(
+    arena: TokenArena, documents: Sequence[int], *, pad_to: int | None = None, pad_id: int = 0, align: int = 1
+) -> PackedBatch:
     """The int64 batch of ``trainer_kernels.collate``."""
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
     boundaries = [0]
+
+    def pad(count: int) -> None:
+        ids.extend([pad_id] * count)
+        labels.extend([IGNORE] * count)
+
     for document in documents:
         start, length = int(arena.starts[document]), int(arena.lengths[document])
-        own = [int(token) & 0x7FFFFFFF for token in arena.tokens[start : start + length]]
         target = is_target(arena, document)
-        ids += own
+        ids += [int(token) & 0x7FFFFFFF for token in arena.tokens[start : start + length]]
+        own = ids[len(ids) - length :]
         labels += [own[t + 1] if t + 1 < length and target[t + 1] else IGNORE for t in range(length)]
-        positions += range(length)
+        pad(-length % align)
+        positions += range(ceil(length / align) * align)
         boundaries.append(len(ids))
-    num_tokens = len(ids)
-    padding = (max(num_tokens, 1) if pad_to is None else pad_to) - num_tokens
+    padding = (max(len(ids), align) if pad_to is None else pad_to) - len(ids)
     if padding:
-        ids += [pad_id] * padding
-        labels += [IGNORE] * padding
+        pad(padding)
         positions += range(padding)
         boundaries.append(len(ids))
     return PackedBatch(
@@ -194,7 +200,7 @@ def collate(arena: TokenArena, documents: Sequence[int], *, pad_to: int | None =
         position_ids=np.array(positions, np.int64),
         cu_seqlens=np.array(boundaries, np.int32),
         max_seqlen=max(end - begin for begin, end in pairwise(boundaries)),
-        num_tokens=num_tokens,
+        num_tokens=sum(int(arena.lengths[document]) for document in documents),
         num_targets=sum(label != IGNORE for label in labels),
         num_documents=len(documents),
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_fixtures import Run, random_arena, runs, write_arena
 
-from trainer_kernels import CompactBatch, PackedBatch, PackingError, TokenArena, collate, reference
+from trainer_kernels import Buffers, CompactBatch, PackedBatch, PackingError, TokenArena, collate, reference
 
 
 def same(found: PackedBatch, expected: PackedBatch) -> None:
@@ -24,31 +24,52 @@ def counts(batch: PackedBatch | CompactBatch) -> tuple[int, int, int, int]:
     return batch.max_seqlen, batch.num_tokens, batch.num_targets, batch.num_documents
 
 
+def dirty(layout: Literal["int64", "int32", "compact"], positions: int, documents: int) -> Buffers:
+    """Buffers that hold an older batch."""
+    buffers = Buffers.of(layout, positions, documents)
+    buffers.rows[:] = 77
+    buffers.cu_seqlens[:] = 77
+    return buffers
+
+
 @given(
     rows=st.lists(runs(), min_size=1, max_size=6),
     picks=st.lists(st.integers(0, 1000), max_size=8),
     padding=st.one_of(st.none(), st.integers(0, 40)),
     pad_id=st.integers(0, (1 << 31) - 1),
+    align=st.sampled_from([1, 1, 2, 8, 5]),
+    reused=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
-def test_every_layout_equals_the_reference(rows: list[Run], picks: list[int], padding: int | None, pad_id: int) -> None:
+@settings(max_examples=120, deadline=None)
+def test_every_layout_equals_the_reference(
+    rows: list[Run], picks: list[int], padding: int | None, pad_id: int, align: int, reused: bool
+) -> None:
     with TemporaryDirectory() as folder:
-        _check_all_layouts(write_arena(Path(folder) / "arena", rows), picks, padding, pad_id)
+        _check_all_layouts(write_arena(Path(folder) / "arena", rows), picks, padding, pad_id, align, reused)
 
 
-def _check_all_layouts(arena: TokenArena, picks: list[int], padding: int | None, pad_id: int) -> None:
+def _check_all_layouts(
+    arena: TokenArena, picks: list[int], padding: int | None, pad_id: int, align: int, reused: bool
+) -> None:
     documents = [pick % arena.num_documents for pick in picks]
-    total = sum(int(arena.lengths[document]) for document in documents)
-    pad_to = None if padding is None else max(1, total + padding)
-    expected = reference.collate(arena, documents, pad_to=pad_to, pad_id=pad_id)
+    total = sum(-(-int(arena.lengths[document]) // align) * align for document in documents)
+    pad_to = None if padding is None else max(align, total + padding * align)
+    expected = reference.collate(arena, documents, pad_to=pad_to, pad_id=pad_id, align=align)
+    assert not (expected.cu_seqlens % align).any()
+    size = int(expected.cu_seqlens[-1])
     assert expected.num_targets == sum(int(arena.targets[document]) for document in documents)
     for layout in ("int64", "int32"):
-        found = collate(arena, documents, pad_to=pad_to, layout=layout, pad_id=pad_id)
+        out = dirty(layout, size + 3, len(documents) + 2) if reused else None
+        found = collate(arena, documents, pad_to=pad_to, layout=layout, pad_id=pad_id, align=align, out=out)
         same(found, expected)
         for array in (found.input_ids, found.labels, found.position_ids):
             assert array.dtype == np.dtype(layout)
             assert array.shape == (expected.cu_seqlens[-1],)
-    compact = collate(arena, np.array(documents, np.int32), pad_to=pad_to, layout="compact", pad_id=pad_id)
+        if out is not None:
+            assert np.shares_memory(found.labels, out.rows)
+    out = dirty("compact", size, len(documents)) if reused else None
+    chosen = np.array(documents, np.int32)
+    compact = collate(arena, chosen, pad_to=pad_to, layout="compact", pad_id=pad_id, align=align, out=out)
     assert compact.tokens.dtype == np.int32
     assert counts(compact) == counts(expected)
     same(reference.expand(compact), expected)
@@ -99,6 +120,28 @@ def test_batches_do_not_share_memory_with_the_arena_or_each_other(arena: TokenAr
     assert not np.shares_memory(collate(arena, [0], layout="compact").tokens, arena.tokens)
 
 
+def test_padding_of_a_document_belongs_to_its_segment(arena: TokenArena) -> None:
+    lengths = arena.lengths[:2].tolist()
+    rounded = [-(-length // 16) * 16 for length in lengths]
+    batch = collate(arena, [0, 1], align=16, pad_to=sum(rounded) + 32, pad_id=9)
+    assert batch.cu_seqlens.tolist() == [0, rounded[0], sum(rounded), sum(rounded) + 32]
+    assert batch.position_ids[: rounded[0]].tolist() == list(range(rounded[0]))
+    assert set(batch.input_ids[lengths[0] : rounded[0]].tolist()) <= {9}
+    assert set(batch.labels[lengths[0] - 1 : rounded[0]].tolist()) == {-100}
+    assert (batch.num_tokens, batch.num_documents) == (sum(lengths), 2)
+    assert batch.max_seqlen == max(*rounded, 32)
+    assert collate(arena, [], align=16).cu_seqlens.tolist() == [0, 16]
+
+
+def test_documents_of_more_than_2_to_the_31_tokens_do_not_fit_in_any_batch(arena: TokenArena) -> None:
+    """Each segment is 2**30 positions by alignment; nothing of that size is allocated."""
+    with pytest.raises(PackingError, match="the documents do not fit in the batch") as caught:
+        collate(arena, [0, 1, 2], align=1 << 30)
+    assert str(3 << 30) in caught.value.got
+
+
+SMALL = Buffers.of("int64", 4, 1)
+
 BAD: list[tuple[Any, dict[str, Any], list[str]]] = [
     ([0, 50], {}, ["there is no such document", "ids from 0 to 50", "0 to 49"]),
     ([-1], {}, ["there is no such document", "ids from -1 to -1"]),
@@ -109,6 +152,12 @@ BAD: list[tuple[Any, dict[str, Any], list[str]]] = [
     ([0], {"layout": "int16"}, ["unknown layout", "'int16'", "int64, int32, compact"]),
     ([0], {"pad_id": -1}, ["pad_id is out of range", "got: -1"]),
     ([0], {"pad_id": 1 << 31}, ["pad_id is out of range"]),
+    ([0], {"align": 0}, ["align is out of range", "got: 0"]),
+    ([], {"align": 8, "pad_to": 12}, ["do not fit in the batch", "pad_to=12, align=8", "a multiple of 8"]),
+    ([0], {"pad_to": 64, "out": SMALL}, ["the batch does not fit in the buffers", "int64[3, 4] for 64 positions"]),
+    ([], {"layout": "int32", "out": SMALL}, ["the batch does not fit in the buffers", "int32 [3, at least 1]"]),
+    ([], {"layout": "compact", "out": SMALL}, ["of layout compact", "allowed: int32 [1, at least 1]"]),
+    ([0, 1], {"out": SMALL}, ["the boundaries do not fit", "int32[3] for 2 documents", "int32 of at least 4"]),
 ]
 
 
@@ -117,3 +166,11 @@ def test_bad_input_is_refused(arena: TokenArena, documents: Any, options: dict[s
     with pytest.raises(PackingError) as caught:
         collate(arena, documents, **options)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_buffers_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(PackingError, match="unknown layout"):
+        Buffers.of("int16", 8, 1)  # type: ignore[arg-type]
+    for positions, documents, name in ((0, 1, "positions"), (8, -1, "documents")):
+        with pytest.raises(PackingError, match=f"{name} is out of range"):
+            Buffers.of("int32", positions, documents)
