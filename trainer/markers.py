@@ -12,6 +12,8 @@ import msgspec
 from trainer.paths import RunFolder, write_atomic
 
 STAGES = ("prepare", "baseline", "train", "evaluate", "export", "verify", "card")
+BY_RANKS = ("baseline", "train", "evaluate", "export")
+"""The stages that the ranks do, in one go; the others are one process each."""
 """In the order in which a run goes through them."""
 
 

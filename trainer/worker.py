@@ -12,11 +12,11 @@ from typing import NoReturn
 from trainer.console import run_and_leave
 from trainer.distributed.ranks import start_ranks
 from trainer.fingerprint import digest
-from trainer.markers import is_current
+from trainer.markers import BY_RANKS, is_current
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
 from trainer.rank.exports import write_exports
-from trainer.rank.job import STAGES, Job, read_inputs
+from trainer.rank.job import Job, read_inputs
 from trainer.rank.model import check_model, load_base, make_trainable, packed_loss, planned_strategy, whole_model
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
@@ -28,7 +28,7 @@ def main() -> NoReturn:
     """Do the stages that are asked for and not done; the exit codes are those of ``errors.py``."""
     parser = argparse.ArgumentParser(prog="python -m trainer.worker", description="One rank of a prepared run.")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--stages", default=",".join(STAGES), help="comma separated, default: %(default)s")
+    parser.add_argument("--stages", default=",".join(BY_RANKS), help="comma separated, default: %(default)s")
     arguments = parser.parse_args()
     folder = RunFolder(arguments.run_dir.resolve())
     run_and_leave(lambda: work(folder, arguments.stages.split(",")), logs=str(folder.logs))
@@ -46,7 +46,9 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
             job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)
-            todo = ranks.gather([s for s in STAGES if s in stages and not is_current(folder, s, stage_inputs(plan, s))])
+            todo = ranks.gather(
+                [s for s in BY_RANKS if s in stages and not is_current(folder, s, stage_inputs(plan, s))]
+            )
             if todo[0]:
                 do_stages(job, todo[0])
         finally:

@@ -3,6 +3,7 @@
 They stand in a module of their own because another process has to find them.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -232,12 +233,46 @@ def a_mixed_outer_group_trains(ranks: Ranks) -> None:
     loss = PackedLoss(model, chunk=16, compute_dtype=torch.bfloat16)
     sharding = Sharding(layers=decoder_layer_modules(inner_model(model)))
     strategy = FullySharded(ranks, sharding, dtype=torch.bfloat16, clip_norm=1.0)
-    strategy.prepare(
-        loss, lambda module: make_optimizer(module, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    )
+    strategy.prepare(loss, _adamw)
     assert any("lm_head" in name for name in strategy.trainable)
     losses: list[float] = []
     for _ in range(4):
         losses.append(float(loss(batch())))
         learn(strategy)
     assert losses == sorted(losses, reverse=True), losses
+
+
+def a_rank_may_have_no_rows(ranks: Ranks) -> None:
+    """Of a parameter of one row the second rank has nothing: it trains along, and writes nothing of it."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    module = copy.deepcopy(plain)
+    strategy = FullySharded(ranks, Sharding(layers=list(module)), dtype=torch.float32, clip_norm=0.1)
+    strategy.prepare(module, _adamw)
+    optimizer = _adamw(plain)
+    inputs = torch.arange(6.0).view(2, 3)
+    for _ in range(3):
+        with strategy.micro_batch(last=True):
+            strategy.backward(strategy.module(inputs).square().sum())
+        norm = strategy.clip()
+        strategy.step()
+        plain(inputs).square().sum().backward()
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.1))
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = ["0.weight", "0.bias", "1.weight", "1.bias"] if ranks.is_first else ["0.weight", "0.bias"]
+    assert [fragment.name for fragment in strategy.fragments(saving=True)] == wanted
+    for name, tensor in strategy.full_parameters():
+        if tensor is not None:
+            torch.testing.assert_close(tensor, plain.get_parameter(name).detach())
+    restore(strategy, copy.deepcopy(plain).apply(_zero))
+    assert all(not tensor.any() for _, tensor in strategy.full_parameters() if tensor is not None)
+
+
+def _adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(module, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        nn.init.zeros_(parameter)

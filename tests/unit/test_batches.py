@@ -127,6 +127,7 @@ def test_held_out_documents_come_once_over_all_ranks(arena: TokenArena) -> None:
         assert sum(batch.num_tokens for share in shares for batch in share) == int(arena.lengths.sum())
         assert sum(batch.num_targets for share in shares for batch in share) == int(arena.targets.sum())
         assert all(batch.num_tokens <= 96 for share in shares for batch in share)
+        assert len({len(share) for share in shares}) == 1, "sharded models talk in every forward pass"
 
 
 def test_a_schedule_that_cannot_be_is_a_data_error(arena: TokenArena) -> None:

@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 
 from trainer.errors import DataError, NeedsPerson, RunError, StoppedInGoodOrder, TrainingFault
 from trainer.evaluate.score import load_evaluation
-from trainer.markers import read_marker, write_marker
+from trainer.markers import BY_RANKS, read_marker, write_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import dump_plan, load_plan
 from trainer.prepare import prepare
-from trainer.rank.job import STAGES
 from trainer.samples import Prepared
 from trainer.train.checkpoint.format import checkpoint_path, published
 from trainer.train.guard import StopFlag
@@ -33,7 +32,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run; tests work on copies."""
     folder = planned(tmp_path_factory.mktemp("worker"), *SMOKE, ALL_EQUAL)
     prepare(folder)
-    work(folder, STAGES)
+    work(folder, BY_RANKS)
     return folder
 
 
@@ -50,7 +49,7 @@ def change(run: RunFolder, edit: Callable[[object], None]) -> None:
 
 
 def test_a_run_leaves_markers_figures_and_exports(done: RunFolder) -> None:
-    markers = {stage: read_marker(done, stage) for stage in STAGES}
+    markers = {stage: read_marker(done, stage) for stage in BY_RANKS}
     assert all(marker is not None for marker in markers.values())
     trained = markers["train"]
     assert trained is not None
@@ -71,14 +70,14 @@ def test_a_run_leaves_markers_figures_and_exports(done: RunFolder) -> None:
 
 def test_a_finished_run_does_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.worker.do_stages", lambda job, todo: pytest.fail(f"did {todo}"))
-    work(run, STAGES)
+    work(run, BY_RANKS)
 
 
 def test_only_the_stages_that_are_not_current_are_done(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     (run.stages / "evaluate.json").unlink()
     metrics = run.metrics_jsonl.read_bytes()
     tuned = load_evaluation(run.evaluation, "tuned")
-    work(run, STAGES)
+    work(run, BY_RANKS)
     said = capsys.readouterr().out
     assert "tuned: measuring 40 test rows" in said
     assert "zero_shot" not in said
@@ -105,7 +104,7 @@ def test_the_gate_fails_after_the_evaluation_is_written(run: RunFolder) -> None:
     (run.stages / "export.json").unlink()
     for _ in range(2):  # the second time the evaluation is current, and the gate still closed
         with pytest.raises(TrainingFault, match=r"eval\.max_loss: the run does not pass its gate") as fault:
-            work(run, STAGES)
+            work(run, BY_RANKS)
         assert fault.value.problems[0].allowed == "at most 0.5"
         marker = read_marker(run, "evaluate")
         assert marker is not None
@@ -194,21 +193,21 @@ def test_a_split_that_is_not_there_is_said(run: RunFolder, capsys: pytest.Captur
 def test_an_unknown_stage_is_refused(run: RunFolder) -> None:
     with pytest.raises(RunError, match="--stages: no such stage") as fault:
         work(run, ["train", "trian"])
-    assert (fault.value.problems[0].got, fault.value.problems[0].allowed) == ("trian", ", ".join(STAGES))
+    assert (fault.value.problems[0].got, fault.value.problems[0].allowed) == ("trian", ", ".join(BY_RANKS))
 
 
 @pytest.mark.parametrize("missing", ["plan.json", "prepared.json"])
 def test_a_folder_that_is_not_prepared_is_refused(run: RunFolder, missing: str) -> None:
     (run.root / missing).unlink()
     with pytest.raises(RunError, match="this is not a prepared run") as fault:
-        work(run, STAGES)
+        work(run, BY_RANKS)
     assert fault.value.problems[0].got == f"no {missing}"
 
 
 def test_a_prepared_json_that_is_damaged_is_refused(run: RunFolder) -> None:
     run.prepared_json.write_text("{")
     with pytest.raises(RunError, match=r"prepared\.json cannot be understood"):
-        work(run, STAGES)
+        work(run, BY_RANKS)
 
 
 def test_documents_are_named_by_file_and_row(done: RunFolder) -> None:
@@ -232,7 +231,7 @@ def test_other_ways_to_train_go_from_top_to_bottom(tmp_path: Path, method: str) 
     )
     folder = planned(tmp_path, *common, *chosen)
     prepare(folder)
-    work(folder, STAGES)
+    work(folder, BY_RANKS)
     newest = published(folder.checkpoints)[0]
     names = json.loads((newest / "manifest.json").read_text())["shapes"]
     assert names

@@ -15,7 +15,7 @@ from trainer import console
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
 from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
-from trainer.markers import STAGES, is_current
+from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, stage_inputs
 from trainer_launch.command import THREADS
@@ -24,7 +24,6 @@ from trainer_launch.node import Child, NodeResult, supervise
 from trainer_launch.run import run, write_hand_files
 from trainer_launch.spec import LaunchSpec
 
-BY_RANKS = ("baseline", "train", "evaluate", "export")
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
 

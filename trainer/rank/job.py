@@ -17,16 +17,13 @@ import torch
 from trainer import console
 from trainer.distributed.ranks import Ranks
 from trainer.errors import DataError, RunError
-from trainer.markers import Marker, write_marker
+from trainer.markers import BY_RANKS, Marker, write_marker
 from trainer.model.precision import torch_dtype
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, load_plan, stage_inputs
 from trainer.samples import EvaluationExample, Prepared, SplitInfo
 from trainer.train.guard import StopFlag
 from trainer_kernels import ArenaError, TokenArena
-
-STAGES = ("baseline", "train", "evaluate", "export")
-"""The stages that ranks do, in this order."""
 
 Summary = dict[str, float | int | str]
 """The few figures of a stage that its marker keeps and the closing table shows."""
@@ -85,9 +82,9 @@ def read_inputs(folder: RunFolder, stages: Sequence[str]) -> tuple[RunPlan, Prep
     Raises:
         RunError: one is missing or cannot be understood, or a stage is not one of ours.
     """
-    unknown = [stage for stage in stages if stage not in STAGES]
+    unknown = [stage for stage in stages if stage not in BY_RANKS]
     if unknown:
-        raise RunError("no such stage", where="--stages", got=", ".join(unknown), allowed=", ".join(STAGES))
+        raise RunError("no such stage", where="--stages", got=", ".join(unknown), allowed=", ".join(BY_RANKS))
     try:
         return load_plan(folder.plan_json.read_bytes()), msgspec.json.decode(
             folder.prepared_json.read_bytes(), type=Prepared
