@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer_kernels.checks import whole, whole_numbers
+from trainer_kernels.compiled import compiled
 from trainer_kernels.errors import PackingError
 from trainer_kernels.packing import PackPlan
 
@@ -221,7 +222,20 @@ def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray
             allowed="one number per document of the plan",
             do="take lengths, targets and costs from the same arena",
         )
-    return np.add.reduceat(values[plan.items], plan.offsets[:-1], dtype=np.int64)
+    sums = np.empty(len(plan), np.int64)
+    _sum_packs(values if values.dtype == np.int32 else values.astype(np.int64), plan.items, plan.offsets, sums)
+    return sums
+
+
+@compiled
+def _sum_packs(
+    values: NDArray[np.integer], items: NDArray[np.int32], offsets: NDArray[np.int64], sums: NDArray[np.int64]
+) -> None:
+    for pack in range(sums.size):
+        total = np.int64(0)
+        for index in range(offsets[pack], offsets[pack + 1]):
+            total += np.int64(values[items[index]])
+        sums[pack] = total
 
 
 def _refuse_empty_steps(prefix: NDArray[np.int64], per_step: int) -> None:
