@@ -1,5 +1,6 @@
 """One pass over the tokens gives the batch of ``reference.py``, in every layout."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -138,6 +139,19 @@ def test_documents_of_more_than_2_to_the_31_tokens_do_not_fit_in_any_batch(arena
     with pytest.raises(PackingError, match="the documents do not fit in the batch") as caught:
         collate(arena, [0, 1, 2], align=1 << 30)
     assert str(3 << 30) in caught.value.got
+
+
+def test_documents_behind_2_to_the_31_tokens_are_read_from_where_they_are(arena: TokenArena, tmp_path: Path) -> None:
+    """In a file of 8 GB that takes no room: all but its end is a hole."""
+    first = (1 << 31) + 7
+    own = arena.tokens[arena.starts[3] : arena.starts[3] + arena.lengths[3]]
+    with open(tmp_path / "tokens.bin", "wb") as stream:
+        stream.seek(4 * first)
+        stream.write(own.tobytes())
+    tokens = np.asarray(np.memmap(tmp_path / "tokens.bin", "<i4", "r"))
+    big = replace(arena, tokens=tokens, starts=np.full(arena.num_documents, first))
+    same(collate(big, [3, 3]), reference.collate(arena, [3, 3]))
+    same(reference.expand(collate(big, [3], layout="compact")), reference.collate(arena, [3]))
 
 
 SMALL = Buffers.of("int64", 4, 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_fixtures import Case, as_lists, cases, chat_lengths
 from numpy.typing import NDArray
 
-from trainer_kernels import CostModel, PackingError, PackPlan, pack, packing
+from trainer_kernels import CostModel, PackingError, PackPlan, pack, packing, schedule
 from trainer_kernels.order import DOCUMENTS, PACKS, permuted
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
@@ -145,6 +145,25 @@ def test_the_arrays_of_a_plan_cannot_be_changed() -> None:
         plan.pack(0)[0] = 1
     with pytest.raises(ValueError, match="read-only"):
         plan.offsets[0] = 1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_smallest_problems(algorithm: Algorithm) -> None:
+    assert as_lists(pack(np.array([1]), 1, algorithm=algorithm)) == [[0]]
+    assert as_lists(pack(np.array([7]), 1 << 26, algorithm=algorithm)) == [[0]]
+    ones = pack(np.ones(50, np.int64), 1, algorithm=algorithm, seed=4)
+    assert sorted(as_lists(ones)) == [[document] for document in range(50)]
+    assert ones.fill == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_more_than_2_to_the_31_tokens(algorithm: Algorithm) -> None:
+    """2**32 tokens in documents of half a pack: sums and offsets are 64 bits wide."""
+    lengths = np.full(1 << 19, 1 << 13, np.int32)
+    plan = pack(lengths, 1 << 14, algorithm=algorithm)
+    assert (len(plan), plan.fill) == (1 << 18, 1.0)
+    made = schedule(lambda epoch: plan, lengths, epochs=1, world_size=1, accumulation=1 << 18)
+    assert (made.num_steps, made.num_targets(0)) == (1, 1 << 32)
 
 
 BAD: list[tuple[Any, Any, dict[str, Any], list[str]]] = [
