@@ -132,6 +132,7 @@ def test_a_run_moves_from_one_strategy_to_another(tmp_path: Path, data: Path, lo
         fsdp_fixtures.answers_are_those_of_a_whole_model,
         fsdp_fixtures.a_mixed_outer_group_trains,
         fsdp_fixtures.a_rank_may_have_no_rows,
+        fsdp_fixtures.ranks_with_other_weights_are_refused,
     ],
     ids=lambda shown: shown.__name__,
 )

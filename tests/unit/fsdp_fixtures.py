@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from trainer.batch import Batch
 from trainer.distributed.fsdp import FullySharded, Sharding, local, shard_of
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.strategy import Strategy
+from trainer.errors import TrainingFault
 from trainer.evaluate.generate import generate, in_order
 from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
 from trainer.model.loss import PackedLoss
@@ -240,6 +242,15 @@ def a_mixed_outer_group_trains(ranks: Ranks) -> None:
         losses.append(float(loss(batch())))
         learn(strategy)
     assert losses == sorted(losses, reverse=True), losses
+
+
+def ranks_with_other_weights_are_refused(ranks: Ranks) -> None:
+    """DDP would send those of the first rank to the others; here rows of both would become one model."""
+    torch.manual_seed(ranks.rank)
+    module = nn.Sequential(nn.Linear(3, 4))
+    strategy = FullySharded(ranks, Sharding(layers=list(module)), dtype=torch.float32, clip_norm=0.0)
+    with pytest.raises(TrainingFault, match="the ranks do not have the same weights before they are sharded"):
+        strategy.prepare(module, _adamw)
 
 
 def a_rank_may_have_no_rows(ranks: Ranks) -> None:

@@ -30,6 +30,7 @@ from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
 from trainer.distributed.prepared import prepared, trainable_parameters
 from trainer.distributed.ranks import Ranks
 from trainer.errors import TrainingFault
+from trainer.fingerprint import digest
 
 ROWS = Shard(0)
 """Every parameter is cut by rows, as ``torch.chunk`` cuts: the last ranks may have fewer, or none."""
@@ -91,11 +92,13 @@ class FullySharded:
         """Cut ``module`` into shards and make the optimizer over them.
 
         Raises:
-            TrainingFault: nothing to train, parameters that are not fp32, layers that are not in ``module``, or
-                parameters that are not the planned shards afterwards.
+            TrainingFault: nothing to train, parameters that are not fp32, layers that are not in ``module``, ranks with
+                other weights, or parameters that are not the planned shards afterwards.
         """
         trainable_parameters(module)
         _check_layers(module, self._sharding.layers)
+        # Every rank keeps rows of its own copy: of copies that differ they would become a model that nobody has.
+        self.ranks.same_on_all_ranks(_weights_digest(module), what="weights before they are sharded")
         dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,), mesh_dim_names=("shard",))
         policy = layer_policy(self._dtype)
@@ -230,6 +233,11 @@ def check_shards(module: nn.Module, mesh: DeviceMesh, dtypes: Mapping[str, torch
             allowed=wanted,
             do="report this together with the versions that `python -m trainer doctor` prints",
         )
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """A digest of all weights that tells copies apart: sums in float64, not every byte."""
+    return digest([[name, float(p.detach().sum(dtype=torch.float64))] for name, p in module.named_parameters()])
 
 
 def _describe(parameter: torch.Tensor) -> str:
