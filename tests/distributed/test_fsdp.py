@@ -87,8 +87,8 @@ def test_every_kind_of_model_takes_the_same_course(tmp_path: Path, data: Path, s
 
 def test_full_fine_tuning_in_bfloat16_differs_by_the_rounding_of_norm_weights(tmp_path: Path, data: Path) -> None:
     assert both(tmp_path, data, Run(folder="", dtype="bfloat16", lr=1e-3, packs=4, max_steps=6)) == 6
-    assert 0 < differences(tmp_path / "one", tmp_path / "two", "loss").max() <= 5e-4
-    assert differences(tmp_path / "one", tmp_path / "two", "grad_norm").max() <= 5e-3
+    assert differences(tmp_path / "one", tmp_path / "two", "loss").max() <= 1.5e-4
+    assert differences(tmp_path / "one", tmp_path / "two", "grad_norm").max() <= 1.5e-3
 
 
 @pytest.mark.parametrize("lora", [False, True])

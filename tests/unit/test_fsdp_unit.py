@@ -115,7 +115,8 @@ def test_a_parameter_that_stayed_whole_is_noticed() -> None:
 @pytest.mark.usefixtures("group")
 def test_another_dtype_is_noticed() -> None:
     mesh = init_device_mesh("cpu", (1,))
-    module = fully_shard(nn.Linear(2, 2), mesh=mesh)
+    module = nn.Linear(2, 2)
+    fully_shard(module, mesh=mesh)
     with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
         check_shards(module, mesh, dict.fromkeys(dtypes(module), torch.bfloat16))
     assert fault.value.problems[0].got == "Shard(dim=0) over 1 ranks in torch.float32"
@@ -125,7 +126,8 @@ def test_another_dtype_is_noticed() -> None:
 def test_shards_of_another_size_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where fragments start follows from how torch cuts; if it cut otherwise, checkpoints would be wrong."""
     mesh = init_device_mesh("cpu", (1,))
-    module = fully_shard(nn.Linear(2, 2), mesh=mesh)
+    module = nn.Linear(2, 2)
+    fully_shard(module, mesh=mesh)
     monkeypatch.setattr(fsdp, "shard_of", lambda shape, rank, world_size: (0, 1))
     with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
         check_shards(module, mesh, dtypes(module))

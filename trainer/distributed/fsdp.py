@@ -130,7 +130,7 @@ class FullySharded:
         """Global L2 norm over the shards of all ranks; ``clip_norm`` 0 only measures it."""
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        # Now, and not in every product with it: until then the norm is a part per rank.
+        # As a plain number: a DTensor may still be one part per rank, and every product with it would sum them anew.
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(list(self._trainable.values()), self._clip_norm, whole)
