@@ -7,6 +7,7 @@ from trainer.data.batches import epoch_packs, fits_by_time, training_schedule
 from trainer.data.timing import cost_ratio, measured_ratio, sync_of, waiting_share
 from trainer.memory import SMOLLM2_135M, ModelShape
 from trainer_kernels import CostModel, Schedule
+from trainer_kernels.schedule import Sync
 
 LLAMA_8B = ModelShape(
     hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocabulary=128256, tied=False,
