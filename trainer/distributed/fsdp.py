@@ -231,7 +231,7 @@ def check_shards(module: nn.Module, mesh: DeviceMesh, dtypes: Mapping[str, torch
             where=name,
             got=got,
             allowed=wanted,
-            do="report this together with the versions that `python -m trainer doctor` prints",
+            do="report this together with env.json of the run",
         )
 
 
