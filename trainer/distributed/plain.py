@@ -66,7 +66,7 @@ class Plain:
                 "accelerate did not wrap the model as planned",
                 got=type(self._module).__name__,
                 allowed=wanted.__name__,
-                do="report this together with the versions that `python -m trainer doctor` prints",
+                do="report this together with env.json of the run",
             )
         self._optimizer = make_optimizer(module)
 
