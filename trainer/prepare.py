@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer import console
 from trainer.config import Config
 from trainer.data.account import say_rows, say_tokens
+from trainer.data.batches import fits_by_time, training_schedule
 from trainer.data.chat import ChatEncoder
 from trainer.data.planned import PlannedSchedule, planned_schedule
 from trainer.data.rows import Rows, gather_rows, rows_digest
@@ -305,9 +306,11 @@ def _copy_examples(folder: RunFolder, tokens: Tokenized, name: SplitName) -> str
 
 
 def _schedule(plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
-    config = plan.config
-    planned = planned_schedule(
-        TokenArena.open(prepared.train.arena),
+    config, ratio = plan.config, prepared.cost_ratio
+    arena = TokenArena.open(prepared.train.arena)
+    schedule = training_schedule(
+        arena.lengths,
+        arena.targets,
         capacity=config.packing.capacity,
         algorithm=config.packing.algorithm,
         max_documents=config.packing.max_documents,
@@ -316,10 +319,11 @@ def _schedule(plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
         max_steps=config.optim.max_steps,
         world_size=plan.world_size,
         accumulation=plan.accumulation,
-        cost_ratio=prepared.cost_ratio,
-        model_ratio=_model_ratio(plan, prepared.base),
+        cost_ratio=ratio,
         sync=sync_of(plan.strategy),
     )
+    by_time = bool(ratio) and fits_by_time(arena.lengths, config.packing.capacity, ratio)
+    planned = planned_schedule(schedule, arena, ratio=ratio or _model_ratio(plan, prepared.base), by_time=by_time)
     if prepared.cost_ratio and not planned.by_time:
         console.warn(
             f"a document of {prepared.train.longest} tokens takes longer than a pack of {config.packing.capacity} may: "

@@ -82,6 +82,11 @@ class Schedule:
         spread = _sorted_by_cost(costs) if self.sync == "micro" else _even_sums(costs, self.world_size)
         return [places[entry] for entry in spread]
 
+    def plan(self, epoch: int) -> PackPlan:
+        """The packs of a pass over the documents; the two latest are kept, so asking again costs nothing."""
+        whole("epoch", epoch, 0, len(self._first) - 2)
+        return self._packs(epoch)
+
     def documents(self, step: int) -> list[NDArray[np.int32]]:
         """Document ids of the packs of ``step`` in the order of ``positions``, empty for an empty pack."""
         return [self._documents(position) for position in self.positions(step)]

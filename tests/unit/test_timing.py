@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.data.batches import epoch_packs, fits_by_time, training_schedule
+from trainer.data.batches import fits_by_time, training_schedule
 from trainer.data.timing import cost_ratio, measured_ratio, sync_of, waiting_share
 from trainer.memory import SMOLLM2_135M, ModelShape
 from trainer_kernels import CostModel, Schedule
@@ -56,7 +56,7 @@ def test_packs_by_time_take_equally_long_and_nobody_waits():
     by_tokens, by_time = scheduled(lengths, ratio=0.0), scheduled(lengths, ratio=RATIO)
     assert waiting_share(by_tokens, weights) > 0.05
     assert waiting_share(by_time, weights) < 0.002
-    packs = epoch_packs(lengths, capacity=CAPACITY, algorithm="rfc", max_documents=None, seed=1, cost_ratio=RATIO)
+    packs = by_time.plan(0)
     assert packs.fill > 0.995
     assert max(int(lengths[packs.pack(i)].sum()) for i in range(len(packs))) <= CAPACITY
     assert sorted(packs.items.tolist()) == list(range(len(lengths)))

@@ -61,19 +61,19 @@ def training_schedule(
     Raises:
         DataError: fewer packs than one step takes, a document longer than ``capacity``, a step without targets.
     """
+    cost = CostModel(1.0, cost_ratio) if cost_ratio else None
+    fits = cost is not None and fits_by_time(lengths, capacity, cost_ratio)
 
     def packs(epoch: int) -> PackPlan:
-        return epoch_packs(
+        return pack(
             lengths,
-            capacity=capacity,
+            capacity,
             algorithm=algorithm,
-            max_documents=max_documents,
             seed=seed,
             epoch=epoch,
-            cost_ratio=cost_ratio,
+            max_docs=max_documents,
+            cost=cost if fits else None,
         )
-
-    by_time = cost_ratio and not fits_by_time(lengths, capacity, cost_ratio)
 
     try:
         if max_steps is not None:
@@ -87,31 +87,12 @@ def training_schedule(
             accumulation=accumulation,
             max_steps=max_steps,
             sync=sync,
-            costs=CostModel(1.0, cost_ratio).weight(lengths) if by_time else None,
+            costs=cost.weight(lengths) if cost is not None and not fits else None,
         )
     except PackingError as fault:
         raise DataError(
             fault.what, where="optim.batch_packs, packing", got=fault.got, allowed=fault.allowed, do=fault.do
         ) from fault
-
-
-def epoch_packs(
-    lengths: NDArray[np.int32],
-    *,
-    capacity: int,
-    algorithm: Algorithm,
-    max_documents: int | None,
-    seed: int,
-    epoch: int = 0,
-    cost_ratio: float = 0.0,
-) -> PackPlan:
-    """The packs of one pass over the documents; the arguments are those of ``training_schedule``.
-
-    Raises:
-        PackingError: a document longer than ``capacity``.
-    """
-    cost = CostModel(1.0, cost_ratio) if cost_ratio and fits_by_time(lengths, capacity, cost_ratio) else None
-    return pack(lengths, capacity, algorithm=algorithm, seed=seed, epoch=epoch, max_docs=max_documents, cost=cost)
 
 
 def fits_by_time(lengths: NDArray[np.int32], capacity: int, cost_ratio: float) -> bool:

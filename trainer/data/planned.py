@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from trainer.data.batches import Algorithm, epoch_packs, fits_by_time, training_schedule
 from trainer.data.timing import waiting_share
-from trainer_kernels import CostModel, TokenArena
-from trainer_kernels.schedule import Sync
+from trainer_kernels import CostModel, Schedule, TokenArena
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,61 +23,21 @@ class PlannedSchedule:
     by_time: bool
 
 
-def planned_schedule(
-    arena: TokenArena,
-    *,
-    capacity: int,
-    algorithm: Algorithm,
-    max_documents: int | None,
-    seed: int,
-    epochs: float,
-    max_steps: int | None,
-    world_size: int,
-    accumulation: int,
-    cost_ratio: float,
-    model_ratio: float | None,
-    sync: Sync,
-) -> PlannedSchedule:
-    """Lay out the run as the ranks will; the arguments are those of ``training_schedule``.
+def planned_schedule(schedule: Schedule, arena: TokenArena, *, ratio: float | None, by_time: bool) -> PlannedSchedule:
+    """Describe the ``schedule`` of the documents in ``arena``; ``ratio`` is what the time of packs is estimated by.
 
-    ``model_ratio``: what the time of packs is estimated by where ``cost_ratio`` is 0 (None: it is not).
-
-    Raises:
-        DataError: as ``training_schedule``.
+    ``ratio`` in 1 / tokens (``timing.cost_ratio``); None: the time lost by waiting is unknown.
     """
-    schedule = training_schedule(
-        arena.lengths,
-        arena.targets,
-        capacity=capacity,
-        algorithm=algorithm,
-        max_documents=max_documents,
-        seed=seed,
-        epochs=epochs,
-        max_steps=max_steps,
-        world_size=world_size,
-        accumulation=accumulation,
-        cost_ratio=cost_ratio,
-        sync=sync,
-    )
-    first = epoch_packs(
-        arena.lengths,
-        capacity=capacity,
-        algorithm=algorithm,
-        max_documents=max_documents,
-        seed=seed,
-        cost_ratio=cost_ratio,
-    )
-    per_step = world_size * accumulation
-    ratio = cost_ratio or model_ratio
+    first = schedule.plan(0)
     waiting = None
-    if world_size > 1 and ratio is not None:
+    if schedule.world_size > 1 and ratio is not None:
         waiting = waiting_share(schedule, CostModel(1.0, ratio).weight(arena.lengths))
     return PlannedSchedule(
         packs=len(first),
         fill=first.fill,
         steps=schedule.num_steps,
-        steps_per_epoch=len(first) / per_step,
-        tokens_per_step=arena.num_tokens / len(first) * per_step,
+        steps_per_epoch=len(first) / schedule.packs_per_step,
+        tokens_per_step=arena.num_tokens / len(first) * schedule.packs_per_step,
         waiting=waiting,
-        by_time=bool(cost_ratio) and fits_by_time(arena.lengths, capacity, cost_ratio),
+        by_time=by_time,
     )
