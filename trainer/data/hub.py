@@ -60,7 +60,7 @@ def parse(location: str, *, default_split: str) -> HubName:
 
 
 def resolve(name: HubName, *, revision: str | None, cache: Path) -> HubDataset:
-    """The commit that ``revision`` (branch, tag, commit; None: the default branch) stands for now.
+    """Resolve ``revision`` (branch, tag, commit; None: the default branch) to the commit that it is at this moment.
 
     Without a connection, a full commit is taken as it is; ``datasets`` then finds it in ``cache`` or fails.
 
