@@ -70,6 +70,8 @@ class ModelConfig:
     """``builtin:NAME`` or a Jinja file that replaces the tokenizer's own template."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool | None = None
+    """Decoder layers through torch.compile. null: on a GPU, where Triton and a C compiler are there."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -145,10 +145,11 @@ def _shards(plan: RunPlan) -> Shards | None:
 def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any]:
     """Return everything that the result of training depends on, as plain values.
 
-    Left out on purpose: where and how it runs (parallel, launch, ``model.activation_checkpointing``, cache and run
-    folder), what happens afterwards (export, baselines, ``eval.max_loss``, ``data.max_test_rows``, result slices),
-    what only guards it (guard, checkpoint, ``data.max_dropped_share``), and the code. Kept of ``eval`` is what chooses
-    the best checkpoint or ends training early: another ``eval.metric`` or ``eval.patience`` is another result.
+    Left out on purpose: where and how it runs (parallel, launch, ``model.activation_checkpointing``,
+    ``model.compile``, cache and run folder), what happens afterwards (export, baselines, ``eval.max_loss``,
+    ``data.max_test_rows``, result slices), what only guards it (guard, checkpoint, ``data.max_dropped_share``), and the
+    code. Kept of ``eval`` is what chooses the best checkpoint or ends training early: another ``eval.metric`` or
+    ``eval.patience`` is another result.
     Fields that have no effect beside others are left out as well, so that they cannot split one run in two.
     """
     sections = cast("dict[str, dict[str, Any]]", asdict(config))

@@ -58,6 +58,7 @@ OTHER_NAMES = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "sequence_len": "packing.capacity",
+    "torch_compile": "model.compile",
     "target_modules": "method.targets",
     "torch_dtype": "model.dtype",
     "train_file": "data.train",

@@ -17,7 +17,7 @@ from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
 from trainer.rank.exports import write_exports
 from trainer.rank.job import Job, read_inputs
-from trainer.rank.model import check_model, load_base, make_trainable, packed_loss, planned_strategy, whole_model
+from trainer.rank.model import check_model, load_base, packed_loss, planned_strategy, trained_loss, whole_model
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -67,7 +67,7 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
     if set(todo) <= {"baseline"}:
         return
     with job.stop.at_once("loading"):
-        loss = packed_loss(job, make_trainable(job, model), logits_via)
+        loss = trained_loss(job, model, logits_via)
         strategy = planned_strategy(job, loss)
     if "train" in todo:
         with job.stage("train") as summary:

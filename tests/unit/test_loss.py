@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,46 @@ def test_equals_cross_entropy_on_all_logits(name, chunk, via):
     for parameter, gradient in gradients(model).items():
         scale = float(wanted[parameter].abs().max())
         assert_near(gradient, wanted[parameter], largest=2e-5 * scale, mean=2e-6 * scale)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_at_once_take_the_factor_of_the_step(frozen):
+    """The loop multiplies the sum; with many chunks the gradients are already there by then."""
+    found = []
+    for chunk in (7, 10_000):
+        model = llama(tie_word_embeddings=True)
+        model.get_input_embeddings().requires_grad_(not frozen)
+        (PackedLoss(model, chunk=chunk)(pack()) * 0.37).backward()
+        found.append(gradients(model))
+    for name, gradient in found[1].items():
+        scale = float(gradient.abs().max())
+        assert_near(found[0][name], gradient, largest=2e-5 * scale, mean=2e-6 * scale)
+
+
+def test_logits_are_made_once(monkeypatch):
+    """Forward and backward pass together project each learnt position one time, in float16 two times."""
+    for dtype, times in ((torch.float32, 1), (torch.float16, 2)):
+        model, rows = llama(), []
+        model.lm_head.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(output.shape[0]))
+        loss = PackedLoss(model, chunk=7)
+        loss.compute_dtype = dtype
+        monkeypatch.setattr("trainer.model.loss.compute_context", lambda device, dtype: nullcontext())
+        batch = pack()
+        loss(batch).backward()
+        assert sum(rows) == times * batch.num_targets
+
+
+def test_gradients_at_once_can_be_used_once():
+    loss = PackedLoss(llama(), chunk=7)(pack())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_many_chunks_without_gradients():
+    model, batch = llama(), pack()
+    with torch.no_grad():
+        assert_near(PackedLoss(model, chunk=7)(batch), full_cross_entropy(model, batch), largest=1e-4, mean=1e-4)
 
 
 def test_soft_capped_head():

@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from trainer.errors import DataError, ModelError
+from trainer.model.compiling import without_compiling
 from trainer.model.prefix import SharedPrefix, padded_prompts, shared_prefix
 from trainer.samples import EvaluationExample, Prediction
 
@@ -210,14 +211,14 @@ def _greedy(settings: GenerationSettings) -> GenerationConfig:
 
 @contextmanager
 def _ready_to_generate(outer: nn.Module, inner: GeneratingModel, settings: GenerationSettings) -> Iterator[None]:
-    """Evaluation mode and our generation config; both as they were afterwards, module by module."""
+    """Evaluation mode, our generation config, nothing compiled; all as it was afterwards, module by module."""
     was_training = [module for module in outer.modules() if module.training]
     was_config = inner.generation_config
     outer.eval()
     # transformers fills what a config leaves open from the model's own, so the model's own has to go.
     inner.generation_config = _greedy(settings)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_compiling():
             yield
     finally:
         inner.generation_config = was_config

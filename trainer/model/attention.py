@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -33,6 +34,8 @@ IMPLEMENTATION = "trimtab_packed"
 """The name under which transformers knows this attention."""
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 MARKER_SHAPE = (1, 1, 1, 1)
+VARLEN_NAMES = frozenset(inspect.signature(varlen_attn).parameters)
+"""What this torch's ``varlen_attn`` takes; read here and not in a layer, which may be traced by torch.compile."""
 
 
 def register(name: str = IMPLEMENTATION, function: AttentionFunction | None = None) -> None:
@@ -96,8 +99,7 @@ def packed_attention(
             raise _cannot_serve(module, f"varlen_attn has no dropout and the model wants attention_dropout={dropout}")
         length = max_length_q if max_length_q is not None else query.shape[2]
         return _varlen(query, key, value, cu_seq_lens_q, length, sliding_window, scaling), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    return _per_document(query, key, value, lengths, sliding_window, scaling, dropout), None
+    return _per_document(query, key, value, cu_seq_lens_q, sliding_window, scaling, dropout), None
 
 
 def uses_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -112,20 +114,22 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return f"one SDPA call per document ({device.type}, {str(dtype).removeprefix('torch.')})"
 
 
+@torch.compiler.disable(reason="the lengths of the documents are different in every pack")
 def _per_document(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: list[int],
+    boundaries: torch.Tensor,
     window: int | None,
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """[1, H, T, D] -> [1, T, H, D], one SDPA call for each of ``lengths``.
+    """[1, H, T, D] -> [1, T, H, D], one SDPA call for each segment between the int32 ``boundaries``.
 
     ``split`` and not slices: the gradient of a split is one concatenation, that of n slices n full-size tensors.
     """
     grouped = query.shape[1] != key.shape[1]
+    lengths = cast(list[int], boundaries.diff().tolist())
     outputs: list[torch.Tensor] = []
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     for length, (q, k, v) in zip(lengths, documents, strict=True):
@@ -209,12 +213,12 @@ def _varlen(
 ) -> torch.Tensor:
     """[1, H, T, D] -> [1, T, H, D] through torch's variable-length flash attention."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    function, accepted = _varlen_function()
-    arguments = varlen_options(accepted, grouped=q.shape[1] != k.shape[1], window=window, scaling=scaling)
-    if q.shape[1] != k.shape[1] and "enable_gqa" not in accepted:
+    arguments = varlen_options(VARLEN_NAMES, grouped=q.shape[1] != k.shape[1], window=window, scaling=scaling)
+    if q.shape[1] != k.shape[1] and "enable_gqa" not in VARLEN_NAMES:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return function(q, k, v, boundaries, boundaries, longest, longest, **arguments).unsqueeze(0)
+    output = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **arguments)
+    return cast(torch.Tensor, output).unsqueeze(0)
 
 
 def varlen_options(
@@ -247,13 +251,6 @@ def varlen_options(
     if grouped and "enable_gqa" in accepted:
         arguments["enable_gqa"] = True
     return arguments
-
-
-@lru_cache(maxsize=1)
-def _varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only; older builds for CPUs come without it
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _refuse_unknown_attention(module: nn.Module, options: Mapping[str, Any]) -> None:

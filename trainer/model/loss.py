@@ -1,8 +1,8 @@
 """The training loss of one pack, without ever holding all its logits.
 
 A vocabulary of 128 k makes the logits of 16 k tokens 8 GB, and with loss on the answers alone nearly all of them would
-be thrown away. So only the positions that are learnt are projected, a chunk at a time, and a chunk's logits are made
-again in the backward pass instead of being kept.
+be thrown away. So only the positions that are learnt are projected, a chunk at a time. A chunk's gradients are made
+while its logits are there, in the forward pass: they are neither kept nor made again.
 
 The result is a SUM. Whoever knows how many targets the whole optimizer step has, over all ranks, divides.
 """
@@ -23,7 +23,11 @@ from trainer.model.attention import packed_arguments
 from trainer.model.precision import compute_context
 
 LogitsVia = Literal["head", "model"]
+Nll = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
+LOGITS_AT_ONCE = 2**30
+"""Bytes of 16-bit logits in a chunk on a GPU: large products, and a small part of its memory."""
+CPU_CHUNK = 1024
 
 
 class PackedLoss(nn.Module):
@@ -32,7 +36,8 @@ class PackedLoss(nn.Module):
     ``chunk``: positions projected to the vocabulary at once. ``logits_via``: ``head`` runs the decoder and then the
     output layer with the scaling the config names; ``model`` lets the model make its logits itself (all learnt
     positions of a pack at once), for models whose head does something else. The self-check says which one is right.
-    ``compute_dtype``: the forward pass runs under autocast to it (float32: none).
+    ``compute_dtype``: the forward pass runs under autocast to it (float32: none). ``compiled``: the loss of a chunk
+    through torch.compile, which reads and writes logits once where eager kernels pass over them in float32.
     ``neftune_alpha``: noise on the embeddings in training mode, see ``add_embedding_noise``.
     """
 
@@ -40,10 +45,11 @@ class PackedLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        chunk: int = 1024,
+        chunk: int = CPU_CHUNK,
         logits_via: LogitsVia = "head",
         compute_dtype: torch.dtype = torch.float32,
         neftune_alpha: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if chunk < 1:
@@ -53,6 +59,7 @@ class PackedLoss(nn.Module):
         self.logits_via: LogitsVia = logits_via
         self.compute_dtype = compute_dtype
         self.neftune_alpha = neftune_alpha
+        self._nll: Nll = cast(Nll, torch.compile(_nll, dynamic=True)) if compiled else _nll
         self._scale_logits = logit_scaling(inner_model(model).config.to_dict())
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -65,7 +72,7 @@ class PackedLoss(nn.Module):
         targets = batch.labels[0].index_select(0, positions)
         with compute_context(batch.input_ids.device, self.compute_dtype):
             if self.logits_via == "model":
-                return _nll(self._model_logits(batch, positions), targets)
+                return self._nll(self._model_logits(batch, positions), targets)
             hidden = self._hidden(batch).index_select(0, positions)
             return self._chunked(hidden, targets)
 
@@ -91,15 +98,68 @@ class PackedLoss(nn.Module):
         return inner_model(self.model)(**self._inputs(batch), logits_to_keep=positions).logits[0]
 
     def _chunked(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) <= self.chunk:  # one chunk is the most there ever is: nothing to save
+            return self._chunk_loss(hidden, targets)
         pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
-        if len(pieces) == 1 or not torch.is_grad_enabled():  # one chunk is the most there ever is: nothing to save
-            losses = [self._chunk_loss(*piece) for piece in pieces]
-        else:
+        if not torch.is_grad_enabled():
+            return torch.stack([self._chunk_loss(*piece) for piece in pieces]).sum()
+        parameters = self._head_parameters()
+        if self.compute_dtype == torch.float16 or any(parameter.numel() == 0 for parameter in parameters):
+            # float16 needs the loss scale, which comes with the backward pass, before it rounds; and ZeRO-3 leaves no
+            # shape in a parameter that a gradient could be returned for. These make their logits twice.
             losses = [cast(torch.Tensor, checkpoint(self._chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
-        return torch.stack(losses).sum()
+            return torch.stack(losses).sum()
+        return cast(torch.Tensor, _GradientsAtOnce.apply(hidden, targets, self.chunk, self._chunk_loss, *parameters))
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        head = cast(nn.Module, inner_model(self.model).get_output_embeddings())
+        return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
     def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _nll(self.project(hidden), targets)
+        return self._nll(self.project(hidden), targets)
+
+
+class _GradientsAtOnce(torch.autograd.Function):
+    """Sum of the losses of all chunks, with the gradients made in the forward pass.
+
+    The loss is a scalar, so what comes from above is one factor, and everything below it can be made before it is
+    known. That saves one of four products with the output layer (Liger Kernel, arXiv 2410.10989, section 3.2, does the
+    same), and the memory is that of one chunk's logits. The gradients can be used once.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, loss_of: Nll, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        """``hidden`` [n, H], ``targets`` int64 [n]; ``parameters``: what ``loss_of`` trains besides ``hidden``."""
+        below = torch.empty_like(hidden)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        losses: list[torch.Tensor] = []
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                piece = hidden[part].detach().requires_grad_()
+                loss = loss_of(piece, targets[part])
+            first, *rest = torch.autograd.grad(loss, [piece, *parameters])
+            below[part] = first
+            for total, gradient in zip(sums, rest, strict=True):
+                total += gradient
+            losses.append(loss.detach())
+        ctx.save_for_backward(below, *sums)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The factor times what is there, in place: a second backward pass would find it changed, and raises."""
+        below, *sums = (tensor.mul_(gradient) for tensor in ctx.saved_tensors)
+        return below, None, None, None, *sums
+
+
+def chunk_for(vocabulary: int, device: torch.device) -> int:
+    """Positions to project at once on ``device``."""
+    return max(CPU_CHUNK, LOGITS_AT_ONCE // (2 * vocabulary)) if device.type == "cuda" else CPU_CHUNK
 
 
 def target_positions(batch: Batch) -> torch.Tensor:

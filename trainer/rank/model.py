@@ -22,9 +22,10 @@ from trainer.model.adapters import (
     inner_model,
     parse_layers,
 )
+from trainer.model.compiling import compile_layers, should_compile
 from trainer.model.device import free_memory
 from trainer.model.load import load_model
-from trainer.model.loss import LogitsVia, PackedLoss
+from trainer.model.loss import LogitsVia, PackedLoss, chunk_for
 from trainer.model.selfcheck import self_check
 from trainer.rank.job import Job, open_arena
 from trainer.train.optim import make_optimizer
@@ -61,10 +62,24 @@ def check_model(job: Job, model: nn.Module) -> LogitsVia:
     return report.logits_via
 
 
-def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLoss:
-    """The module that is trained and measured."""
-    alpha = job.plan.config.optim.neftune_alpha
-    return PackedLoss(model, logits_via=logits_via, compute_dtype=job.compute_dtype, neftune_alpha=alpha)
+def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia, *, compiled: bool = False) -> PackedLoss:
+    """The module that is measured; ``compiled``, and trained."""
+    return PackedLoss(
+        model,
+        chunk=chunk_for(inner_model(model).config.get_text_config().vocab_size, job.ranks.device),
+        logits_via=logits_via,
+        compute_dtype=job.compute_dtype,
+        neftune_alpha=job.plan.config.optim.neftune_alpha,
+        compiled=compiled,
+    )
+
+
+def trained_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLoss:
+    """The module that is trained, on top of the base ``model``; its layers are compiled where that pays."""
+    trained = make_trainable(job, model)
+    compiled, why = should_compile(job.plan.config.model.compile, job.ranks.device)
+    job.say(f"torch.compile: {f'{compile_layers(trained)} layers' if compiled else 'off'} ({why})")
+    return packed_loss(job, trained, logits_via, compiled=compiled)
 
 
 def make_trainable(job: Job, model: nn.Module) -> nn.Module:

@@ -1,0 +1,65 @@
+"""Decoder layers through torch.compile: one at a time, so that compiling takes seconds and not minutes.
+
+All layers of a model are the same code, and packs have static shapes where it is compiled, so a layer is compiled once
+and serves all. What varies between micro-batches (embedding, loss over the learnt positions) stays outside. Generation
+has other shapes at every token: it runs the same layers uncompiled, see ``without_compiling``.
+"""
+
+import shutil
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from trainer.errors import ModelError
+from trainer.model.adapters import decoder_layer_modules, inner_model
+
+COMPILERS = ("cc", "gcc", "clang")
+VARIANTS = 32
+"""A layer is compiled again for layers with and without adapters, with and without gradients, in training and
+evaluation; after 8, torch's own limit, it would quietly stop compiling."""
+
+
+def compile_layers(model: nn.Module) -> int:
+    """Compile the decoder layers of ``model`` in place, at their first call; returns their number."""
+    layers = decoder_layer_modules(inner_model(model))
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        layer.compile()
+    return len(layers)
+
+
+def cannot_compile(device: torch.device) -> str | None:
+    """Why torch.compile has no chance on ``device``, in words; None where it has."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not any(shutil.which(name) for name in COMPILERS):
+        return f"there is no C compiler ({', '.join(COMPILERS)})"
+    return None
+
+
+def should_compile(wanted: bool | None, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and why, in words. ``wanted`` None: on a GPU, if it can be done.
+
+    Raises:
+        ModelError: wanted, and impossible here.
+    """
+    missing = cannot_compile(device)
+    if wanted and missing:
+        raise ModelError(
+            "the layers cannot be compiled on this machine",
+            where="model.compile",
+            got=missing,
+            do="install it, or set model.compile=false",
+        )
+    if wanted is not None:
+        return wanted, "as configured"
+    if device.type != "cuda":
+        return False, "only on GPUs, unless model.compile=true"
+    return (False, missing) if missing else (True, "the default on GPUs")
+
+
+def without_compiling() -> AbstractContextManager[None]:
+    """Compiled layers run as they were written: for generation and whatever else has shapes of its own."""
+    return torch.compiler.set_stance("force_eager")
