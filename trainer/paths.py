@@ -160,6 +160,11 @@ class RunFolder:
         return self.export / "merged"
 
     @property
+    def merged_from(self) -> Path:
+        """The adapter in ``merged``, for its verification, where ``adapter`` is not exported."""
+        return self.export / "merged_from"
+
+    @property
     def stages(self) -> Path:
         """One marker per finished stage."""
         return self.root / "stages"

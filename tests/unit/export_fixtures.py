@@ -54,10 +54,10 @@ def tuned_full(folder: Path) -> PreTrainedModel:
     return model
 
 
-def tuned_lora(folder: Path, **options: object) -> PeftModel:
-    """An adapter that has learnt something: B is not zero."""
+def tuned_lora(folder: Path, *, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
+    """An adapter that has learnt something, on a base in ``dtype``: B is not zero."""
     torch.manual_seed(4)
-    model = attach_lora(load_model(folder, dtype=torch.float32), rank=4, alpha=8.0, **options)  # type: ignore[arg-type]
+    model = attach_lora(load_model(folder, dtype=dtype), rank=4, alpha=8.0, **options)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainer.config import Config, DataConfig, MethodConfig, RunConfig, TaskConfig
 from trainer.errors import RunError
 from trainer.export.card import main, render_card, write_cards
-from trainer.export.comparison import Comparison
+from trainer.export.comparison import Comparison, TensorComparison
 from trainer.export.lineage import (
     CodeRecord,
     DataRecord,
@@ -32,6 +32,7 @@ from trainer.plan import stage_inputs
 from trainer.samples import BaseModel, Dropped, EvaluationRecord, SourceInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "card"
+TENSORS = TensorComparison(compared=272, adapted=105, steps=0.0)
 
 
 def evaluation(exact: float, **more: float) -> EvaluationRecord:
@@ -138,7 +139,7 @@ def lineage(**changes: object) -> Lineage:
         },
         "verification": [
             comparison("adapter", equal=8, difference=0.0213),
-            comparison("merged", equal=7, near_ties=1, difference=0.0412),
+            comparison("merged", equal=7, near_ties=1, difference=0.0412, tensors=TENSORS),
         ],
         "exports": {
             "adapter": {"adapter_model.safetensors": FileRecord(size=4_900_000, sha256="a" * 64)},
@@ -311,6 +312,22 @@ def test_the_code_of_the_cards_runs_as_printed(tmp_path: Path, monkeypatch, caps
     answers = {text for blocks in printed for text in blocks}
     assert len(answers) == 1  # adapter and merged, from both places, say the same
     assert answers.pop().strip()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (None, "(allowed 0.5 in bfloat16)."),
+        (TENSORS, "; 272 tensors, 105 of them adapted, bit-equal to base plus adapter."),
+        (
+            dataclasses.replace(TENSORS, steps=1.0),
+            "; 272 tensors, 105 of them adapted, equal within 1 steps of rounding",
+        ),
+        (dataclasses.replace(TENSORS, not_compared="a <b>"), r"; the tensors were not compared (a &lt;b&gt;)."),
+    ],
+)
+def test_the_card_says_whether_tensors_were_compared(tensors, words):
+    assert words in render_card(lineage(verification=[comparison("merged", tensors=tensors)]), "merged")
 
 
 def test_a_card_needs_a_lineage(tmp_path: Path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.errors import ModelError, RunError, TrainingFault
 from trainer.export import weights
+from trainer.export.stored import shapes_on_disk
 from trainer.export.weights import (
     check_adapter,
     compare_with_base,
@@ -20,7 +21,6 @@ from trainer.export.weights import (
     publish,
     require_change,
     require_free_space,
-    shapes_on_disk,
 )
 from trainer.model.load import load_model
 

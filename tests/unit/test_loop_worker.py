@@ -5,15 +5,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import torch
 from prepare_fixtures import planned
 from safetensors.torch import load_file
 
 from trainer.errors import DataError, NeedsPerson, RunError, StoppedInGoodOrder, TrainingFault
 from trainer.evaluate.score import load_evaluation
+from trainer.export.comparison import TensorComparison
+from trainer.export.tensors import compare_tensors
 from trainer.markers import BY_RANKS, read_marker, write_marker
+from trainer.model.precision import torch_dtype
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import dump_plan, load_plan
 from trainer.prepare import prepare
@@ -84,6 +89,40 @@ def test_only_the_stages_that_are_not_current_are_done(run: RunFolder, capsys: p
     assert run.metrics_jsonl.read_bytes() == metrics
     again = load_evaluation(run.evaluation, "tuned")
     assert (again.loss, again.metrics) == (tuned.loss, tuned.metrics), "the best checkpoint is what was evaluated"
+
+
+def test_a_merged_model_alone_has_its_adapter_beside_it(run: RunFolder) -> None:
+    """Without it the verifying process could compare answers only."""
+
+    def only_merged(config: Any) -> None:
+        config.export.adapter = False
+
+    def both(config: Any) -> None:
+        config.export.adapter = True
+
+    shutil.rmtree(run.export)
+    change(run, only_merged)
+    work(run, ["export"])
+    assert sorted(path.name for path in run.export.iterdir()) == ["merged", "merged_from"]
+    marker = read_marker(run, "export")
+    assert marker is not None
+    assert set(marker.summary) == {"merged_mb"}
+    assert merge_of(run, run.merged_from) == TensorComparison(compared=20, adapted=14, steps=0.0)
+    change(run, both)
+    work(run, ["export"])
+    assert sorted(path.name for path in run.export.iterdir()) == ["adapter", "merged"]
+
+
+def merge_of(run: RunFolder, adapter: Path) -> TensorComparison:
+    """As the verifying process compares."""
+    prepared = msgspec.json.decode(run.prepared_json.read_bytes(), type=Prepared)
+    return compare_tensors(
+        run.merged,
+        Path(prepared.base.directory),
+        adapter,
+        dtype=torch_dtype(prepared.dtype),
+        device=torch.device("cpu"),
+    )
 
 
 def test_a_lost_marker_of_training_costs_no_training(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,3 +278,6 @@ def test_other_ways_to_train_go_from_top_to_bottom(tmp_path: Path, method: str) 
     assert all(".lora_" in name for name in names) == (method == "dora")
     assert (folder.merged / "config.json").is_file()
     assert folder.adapter.exists() == (method == "dora")
+    assert not folder.merged_from.exists()
+    if method == "dora":
+        assert merge_of(folder, folder.adapter) == TensorComparison(compared=20, adapted=7, steps=0.0)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from trainer.config import Config, ExportConfig
 from trainer.errors import RunError, TrainingFault
 from trainer.export import verify
-from trainer.export.comparison import VERIFICATION, Comparison, describe
+from trainer.export.comparison import VERIFICATION, Comparison, TensorComparison, describe
 from trainer.export.inference import INFERENCE, GoldenPrompt, read_inference
 from trainer.export.verify import main, verify_adapter, verify_merged, verify_run
 from trainer.export.weights import export_adapter, export_merged
@@ -78,13 +78,16 @@ def test_good_exports_pass_in_a_process_of_their_own(made: Made):
     assert done.returncode == 0, done.stderr
     assert "adapter: 3 of 3 golden answers equal" in done.stdout
     assert "merged: 3 of 3 golden answers equal" in done.stdout
+    assert "; 20 tensors, 14 of them adapted, bit-equal to base plus adapter" in done.stdout
     assert is_current(folder, "verify", stage_inputs(plan, "verify"))
     marker = read_marker(folder, "verify")
     assert marker is not None
-    assert marker.summary == {"adapter": "3 of 3 answers equal", "merged": "3 of 3 answers equal"}
+    assert marker.summary == {"adapter": "3 of 3 answers equal", "merged": "3 of 3 answers equal, 20 tensors as merged"}
     adapter, merged = msgspec.json.decode((folder.export / VERIFICATION).read_bytes(), type=list[Comparison])
     assert (adapter.name, adapter.equal, merged.name, merged.equal) == ("adapter", 3, "merged", 3)
     assert max(adapter.difference, merged.difference) < 1e-4
+    assert adapter.tensors is None
+    assert merged.tensors == TensorComparison(compared=20, adapted=14, steps=0.0)
     assert adapter.base_difference is not None
     assert adapter.base_difference > 0.1  # it would have seen a lost adapter
 
@@ -116,9 +119,10 @@ def test_full_fine_tuning_is_verified_without_an_adapter(made: Made, tmp_path: P
         dtype=torch.float32,
         max_shard_gb=5.0,
     )
-    found = verify_run(folder, base_directory=made.base, adapter=False, merged=True, device=CPU)
+    found = verify_run(folder, base_directory=made.base, adapter=False, merged=True, merged_from=None, device=CPU)
     assert [(one.name, one.equal, one.near_ties) for one in found] == [("merged", 3, 0)]
     assert found[0].base_difference is None
+    assert found[0].tensors is None
 
 
 def test_a_merged_model_may_differ_by_the_rounding_of_its_weights(made: Made, tmp_path: Path):
@@ -295,7 +299,40 @@ def test_it_says_whether_it_could_have_seen_a_lost_adapter(made: Made, monkeypat
 
 def test_a_missing_export_is_refused(made: Made, tmp_path: Path):
     with pytest.raises(RunError, match="there is no such export"):
-        verify_run(RunFolder(tmp_path), base_directory=made.base, adapter=True, merged=False, device=CPU)
+        verify_run(
+            RunFolder(tmp_path), base_directory=made.base, adapter=True, merged=False, merged_from=None, device=CPU
+        )
+
+
+def test_a_merged_model_alone_is_compared_with_the_adapter_in_it(made: Made, tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    write_run(folder, made.base, Config(export=ExportConfig(adapter=False)))
+    shutil.copytree(made.root / "export" / "merged", folder.merged)
+    with pytest.raises(RunError, match=r"export/merged_from: there is no such export"):
+        main([str(tmp_path)])
+    shutil.copytree(made.root / "export" / "adapter", folder.merged_from)
+    assert main([str(tmp_path)]) == 0
+    (merged,) = msgspec.json.decode((folder.export / VERIFICATION).read_bytes(), type=list[Comparison])
+    assert merged.tensors == TensorComparison(compared=20, adapted=14, steps=0.0)
+    scale_adapter(folder.merged_from)
+    with pytest.raises(TrainingFault, match="the merged model is not base plus adapter\n  got: 14 of 20 tensors"):
+        main([str(tmp_path)])
+
+
+def test_what_could_not_be_compared_is_said(made: Made, tmp_path: Path, capsys):
+    folder = RunFolder(tmp_path)
+    write_run(folder, made.base, Config(export=ExportConfig(adapter=False)))
+    shutil.copytree(made.root / "export" / "merged", folder.merged)
+    shutil.copytree(made.root / "export" / "adapter", folder.merged_from)
+    tensors = load_file(folder.merged_from / "adapter_model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(2)}, folder.merged_from / "adapter_model.safetensors")
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "warning: merged: only answers were compared, no tensors: the adapter also holds lm_head.weight" in (
+        printed.out + printed.err
+    )
+    (merged,) = msgspec.json.decode((folder.export / VERIFICATION).read_bytes(), type=list[Comparison])
+    assert "; tensors not compared: the adapter also holds lm_head.weight" in describe(merged)
 
 
 def test_nothing_asked_for_nothing_verified(made: Made, tmp_path: Path):

@@ -171,7 +171,9 @@ def _require_space_for(job: DriverJob, stages: Sequence[str]) -> None:
         trainable=guessed if memory is None else memory.trainable,
         keep=config.checkpoint.keep,
         trains="train" in stages,
-        exports_adapter="export" in stages and config.export.adapter and config.method.name == "lora",
+        exports_adapter="export" in stages
+        and config.method.name == "lora"
+        and (config.export.adapter or config.export.merged),
         exports_merged="export" in stages and config.export.merged,
     )
     require_space(job.folder.root, need)

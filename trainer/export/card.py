@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from trainer.console import run_and_report, say
 from trainer.errors import RunError
+from trainer.export.comparison import TensorComparison, tensor_evidence
 from trainer.export.figures import HUB_METRIC, METRICS, figure, main_metric, number
 from trainer.export.limitations import TUNED, limitations
 from trainer.export.lineage import (
@@ -268,9 +269,17 @@ def checks(lineage: Lineage) -> str:
         found.append(
             f"`{one.name}/`, loaded in a fresh process by plain {readers}: {one.equal} of {one.prompts} recorded "
             f"answers equal token by token{ties}; log-probabilities differ by at most {one.difference:.3g} nats "
-            f"(allowed {one.tolerance:g} in {lineage.dtype})."
+            f"(allowed {one.tolerance:g} in {lineage.dtype}){_tensors(one.tensors)}."
         )
     return bullets(found) if found else "The export was not verified."
+
+
+def _tensors(found: TensorComparison | None) -> str:
+    if found is None:
+        return ""
+    if found.not_compared:
+        return f"; the tensors were not compared ({escape(found.not_compared)})"
+    return f"; {tensor_evidence(found)}"
 
 
 def provenance(lineage: Lineage) -> str:

@@ -4,11 +4,13 @@ It runs after all ranks have ended, in a process that has never seen the model i
 a stranger would: plain transformers, plain peft, none of this project's attention. Only when this has passed does an
 export count.
 
-Three comparisons per folder, over the golden prompts of ``inference.json``:
+A model that an adapter was merged into is first compared with base and adapter number by number (``tensors.py``). Then
+three comparisons per folder, over the golden prompts of ``inference.json``:
 
 1. Log-probabilities of the likeliest next tokens along the trained model's own answers, from one forward pass each, in
    float32: the largest difference within a tolerance, the mean within a tenth of it. An adapter on its base is the very
-   same weights as in training, so next to nothing is allowed; a merged model is rounded to the dtype it is stored in.
+   same weights as in training, so next to nothing is allowed; a merged model is rounded to the dtype it is stored in,
+   which moves them so far that only the comparison of tensors can tell rounding from a mistake.
 2. Greedy answers with nothing but the folder's ``generation_config.json``, in the dtype that it will be used in. They
    have to be equal token by token, except that two tokens whose log-probabilities are as near as rounding in that dtype
    moves them may change places; that is counted and printed.
@@ -18,6 +20,7 @@ Three comparisons per folder, over the golden prompts of ``inference.json``:
 For an adapter the base without it is measured too: it shows that the tolerance can tell the two apart.
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -46,6 +49,7 @@ from trainer.export.inference import (
     render_prompt,
     template_sha256,
 )
+from trainer.export.tensors import compare_tensors
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import load_plan, stage_inputs
@@ -62,7 +66,8 @@ ROUNDED: dict[str, float] = {"float32": SAME_WEIGHTS, "bfloat16": 2.0, "float16"
 
 In bfloat16: LoRA on the top half of the layers 0.08 to 0.12 (mean 0.02), full fine-tuning 0.41 (0.05), LoRA on all 30
 layers 2.0 (0.16). That is rounding and nothing else: the last one, merged in float32, differs by 0.00003, and by 1.0
-(0.17) once those weights are rounded. An adapter that is lost makes 12 to 15 (3.4 to 5.8).
+(0.17) once those weights are rounded. An adapter that is lost makes 12 to 15 (3.4 to 5.8). So this bound proves no
+merge; ``tensors.py`` does.
 """
 IN_16_BITS: dict[str, float] = {"bfloat16": 2.0, "float16": 0.1}
 """The same where there was no memory for float32, and all was computed in this dtype. bfloat16: 0.75, mean 0.09."""
@@ -144,13 +149,16 @@ def verify_run(
     base_directory: Path,
     adapter: bool,
     merged: bool,
+    merged_from: Path | None,
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> list[Comparison]:
     """Verify the export folders that a run was asked for.
 
+    ``merged_from``: folder of the adapter that was merged; None where all weights were trained.
+
     Raises:
-        TrainingFault: an export does not answer like the trained model.
+        TrainingFault: an export does not answer like the trained model, or a merged tensor is not base plus adapter.
         RunError: a folder is missing or unreadable.
     """
     comparisons: list[Comparison] = []
@@ -158,7 +166,18 @@ def verify_run(
         found = _existing(folder.adapter)
         comparisons.append(verify_adapter(found, base_directory, device, trust_remote_code=trust_remote_code))
     if merged:
-        comparisons.append(verify_merged(_existing(folder.merged), device, trust_remote_code=trust_remote_code))
+        found, tensors = _existing(folder.merged), None
+        if merged_from is not None:
+            tensors = compare_tensors(
+                found,
+                base_directory,
+                _existing(merged_from),
+                dtype=_DTYPES[read_inference(found).dtype],
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+        comparison = verify_merged(found, device, trust_remote_code=trust_remote_code)
+        comparisons.append(dataclasses.replace(comparison, tensors=tensors))
     return comparisons
 
 
@@ -172,11 +191,13 @@ def main(arguments: Sequence[str]) -> int:
     plan = load_plan(folder.plan_json.read_bytes())
     prepared = msgspec.json.decode(folder.prepared_json.read_bytes(), type=Prepared)
     torch.set_num_threads(plan.threads)
+    lora, export = plan.config.method.name == "lora", plan.config.export
     comparisons = verify_run(
         folder,
         base_directory=Path(prepared.base.directory),
-        adapter=plan.config.method.name == "lora" and plan.config.export.adapter,
-        merged=plan.config.export.merged,
+        adapter=lora and export.adapter,
+        merged=export.merged,
+        merged_from=(folder.adapter if export.adapter else folder.merged_from) if lora else None,
         device=torch.device(plan.device),
         trust_remote_code=plan.config.model.trust_remote_code,
     )
@@ -184,6 +205,8 @@ def main(arguments: Sequence[str]) -> int:
         say(describe(comparison))
         if comparison.stopped == 0:
             warn(f"{comparison.name}: no golden answer ends with a stop token; all are cut off at task.max_new_tokens")
+        if comparison.tensors is not None and comparison.tensors.not_compared:
+            warn(f"{comparison.name}: only answers were compared, no tensors: {comparison.tensors.not_compared}")
         if comparison.base_difference is not None and not comparison.tells_apart:
             note("the base model alone lies within the tolerance: training changed too little for this check to see")
     encoded = msgspec.json.format(msgspec.json.encode(comparisons), indent=2)
@@ -202,8 +225,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(comparisons: Sequence[Comparison]) -> dict[str, float | int | str]:
-    """For the closing table: ``adapter``: "8 of 8 answers equal"."""
-    return {one.name: f"{one.equal} of {one.prompts} answers equal" for one in comparisons}
+    """For the closing table: ``merged``: "8 of 8 answers equal, 272 tensors as merged"."""
+    found: dict[str, float | int | str] = {}
+    for one in comparisons:
+        tensors = f", {one.tensors.compared} tensors as merged" if one.tensors and one.tensors.compared else ""
+        found[one.name] = f"{one.equal} of {one.prompts} answers equal{tensors}"
+    return found
 
 
 def _judge(

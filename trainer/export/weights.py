@@ -5,13 +5,14 @@ and servers want a whole model. Each folder is written beside its final name and
 tensors have been compared with the base model, so that a folder that is there is a folder that is whole.
 
 Number format. An adapter keeps the float32 in which it was trained (it is small). A merged or fully tuned model is
-stored in the dtype it was trained and evaluated in. Adding the update in float32 first would change nothing that can be
-stored: the sum is rounded to that dtype either way.
+stored in the dtype it was trained and evaluated in: base and update are added in float32 and rounded once, which is
+what ``tensors.py`` expects to find.
 """
 
 import errno
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.errors import ModelError, RunError, TrainingFault
+from trainer.errors import RunError, TrainingFault
 from trainer.export.inference import (
     Inference,
     bos_token_id,
@@ -30,12 +32,12 @@ from trainer.export.inference import (
     load_plain_tokenizer,
     write_serving_files,
 )
+from trainer.export.stored import read_tensor, shapes_on_disk, tensor_files, weight_files
 from trainer.model.quiet import without_progress_bars
 from trainer.paths import fsync_directory, fsync_file
 
 HEADROOM_BYTES = 64_000_000
 """Tokenizer, config and the rest beside the weights."""
-MERGED_FILES = "*.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,7 @@ def export_merged(
     """Write a whole model that needs neither peft nor this project. Uses ``model`` up: do it last.
 
     Args:
-        model: adapters are merged into their base (in the base's own dtype); a fully tuned model is taken as it is.
+        model: adapters are merged into their base, in float32; a fully tuned model is taken as it is.
         folder: published here, replacing what was there.
         tokenizer: folder of the tokenizer and template that were trained with.
         inference: goes beside the weights.
@@ -209,16 +211,12 @@ def require_change(folder: Path, base_directory: Path) -> None:
     Raises:
         TrainingFault: none does.
     """
-    base = {name: file for file in _weight_files(base_directory) for name in _names(file)}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as written:
-            for name in written.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
-                if name not in base:
-                    continue
-                tensor = written.get_tensor(name)
-                with safe_open(base[name], framework="pt") as original:
-                    if not torch.equal(original.get_tensor(name).to(tensor.dtype), tensor):
-                        return
+    base = tensor_files(base_directory)
+    for name, file in tensor_files(folder).items():
+        if name in base:
+            tensor = read_tensor(file, name)
+            if not torch.equal(read_tensor(base[name], name).to(tensor.dtype), tensor):
+                return
     raise TrainingFault(
         "the exported model is the base model, bit by bit",
         where=str(folder),
@@ -284,40 +282,34 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor in the safetensors files of ``folder``; only headers are read.
-
-    Raises:
-        ModelError: there are none.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in names})
-    if not shapes:
-        raise ModelError(
-            "no weights to compare with",
-            where=str(folder),
-            got="no safetensors file",
-            allowed="model*.safetensors",
-            do="give a base model whose weights are stored as safetensors",
-        )
-    return shapes
-
-
 def _merge(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """One plain model, on the CPU's or GPU's memory that it already occupies."""
     if not isinstance(model, PeftModel):
         return model
     try:
-        return cast(PreTrainedModel, model.merge_and_unload(progressbar=False, safe_merge=True))
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                _merge_in_float32(module)
+        with warnings.catch_warnings():  # what is merged already is only unwrapped
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            return cast(PreTrainedModel, model.merge_and_unload(progressbar=False, safe_merge=True))
     except ValueError as error:
         raise TrainingFault(
             "merging the adapter gave weights that are not finite numbers",
             got=error,
             do="set model.dtype to bfloat16 or float32 if it is float16; export.adapter=true is not affected",
         ) from error
+
+
+def _merge_in_float32(layer: LoraLayer) -> None:
+    """Merge one layer; the sum is rounded once. peft would round the update to a narrow base's dtype before adding."""
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear):  # nothing else gets an adapter here; peft merges what came with a foreign one
+        return
+    dtype = base.weight.dtype
+    base.weight.data = base.weight.data.float()
+    layer.merge(safe_merge=True)
+    base.weight.data = base.weight.data.to(dtype)
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
@@ -334,15 +326,6 @@ def _shared_elements(model: PreTrainedModel) -> int:
     return listed - sum(parameter.numel() for parameter in model.parameters())
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(MERGED_FILES))
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
-
-
 def _elements(shape: Iterable[int]) -> int:
     count = 1
     for size in shape:
@@ -355,7 +338,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in _weight_files(folder))
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _name(dtype: torch.dtype) -> str:

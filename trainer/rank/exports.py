@@ -1,5 +1,6 @@
 """The stage ``export``: adapter and merged model, with answers of the trained model by which a copy is recognised."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,21 +23,26 @@ from trainer.rank.testing import generate_here
 
 
 def write_exports(job: Job, loss: PackedLoss) -> Summary:
-    """``export/adapter`` and ``export/merged`` of a whole model; merging uses it up."""
+    """``export/adapter`` and ``export/merged`` of a whole model; merging uses it up.
+
+    A merged model can only be compared with the adapter in it, so that one is always written (``merged_from``).
+    """
     config, base = job.plan.config, job.prepared.base
     inference, tokenizer = describe_inference(job, loss), Path(job.prepared.tokenizer)
     model = cast(Any, loss.model)  # a PeftModel with LoRA, else a PreTrainedModel
     summary: Summary = {}
-    if config.export.adapter and config.method.name == "lora":
+    shutil.rmtree(job.folder.merged_from, ignore_errors=True)
+    if config.method.name == "lora" and (config.export.adapter or config.export.merged):
         adapter = export_adapter(
             model,
-            job.folder.adapter,
+            job.folder.adapter if config.export.adapter else job.folder.merged_from,
             tokenizer=tokenizer,
             inference=inference,
             base_reference=base.name if base.revision else base.directory,
             base_revision=base.revision,
         )
-        summary["adapter_mb"] = adapter.size / 1e6
+        if config.export.adapter:
+            summary["adapter_mb"] = adapter.size / 1e6
     if config.export.merged:
         merged = export_merged(
             model,
