@@ -7,6 +7,7 @@ computation; there one kernel makes the tensors. Nothing on this way makes the t
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -156,6 +157,12 @@ class Sent:
     num_targets: int
 
 
+@lru_cache(maxsize=8)
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies of a process: torch keeps memory per stream, and every validation would keep some more."""
+    return torch.cuda.Stream(device)
+
+
 class DeviceBatches:
     """Batches of one shape on a CUDA device."""
 
@@ -175,7 +182,7 @@ class DeviceBatches:
         self._shape = shape
         self._pad_token_id = pad_token_id
         self._expand = expand
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _copying_stream(device)
 
     def room(self) -> PinnedRoom:
         """Pinned memory, 4 bytes a token and a boundary."""
