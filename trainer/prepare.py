@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from trainer import console
 from trainer.config import Config
 from trainer.data.account import say_rows, say_tokens
-from trainer.data.batches import fits_by_time, training_schedule
 from trainer.data.chat import ChatEncoder
 from trainer.data.planned import PlannedSchedule, planned_schedule
 from trainer.data.rows import Rows, gather_rows, rows_digest
+from trainer.data.scheduling import packs_by_time, schedule_options, training_schedule
 from trainer.data.splits import SplitName, check_frozen, freeze
 from trainer.data.templates import ChatTemplate, choose_template
-from trainer.data.timing import cost_ratio, sync_of
+from trainer.data.timing import cost_ratio
 from trainer.data.tokenized import (
     Tokenized,
     TokenOptions,
@@ -306,27 +306,14 @@ def _copy_examples(folder: RunFolder, tokens: Tokenized, name: SplitName) -> str
 
 
 def _schedule(plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
-    config, ratio = plan.config, prepared.cost_ratio
     arena = TokenArena.open(prepared.train.arena)
-    schedule = training_schedule(
-        arena.lengths,
-        arena.targets,
-        capacity=config.packing.capacity,
-        algorithm=config.packing.algorithm,
-        max_documents=config.packing.max_documents,
-        seed=config.run.seed,
-        epochs=config.optim.epochs,
-        max_steps=config.optim.max_steps,
-        world_size=plan.world_size,
-        accumulation=plan.accumulation,
-        cost_ratio=ratio,
-        sync=sync_of(plan.strategy),
-    )
-    by_time = bool(ratio) and fits_by_time(arena.lengths, config.packing.capacity, ratio)
-    planned = planned_schedule(schedule, arena, ratio=ratio or _model_ratio(plan, prepared.base), by_time=by_time)
+    options = schedule_options(plan, cost_ratio=prepared.cost_ratio)
+    schedule = training_schedule(arena.lengths, arena.targets, options)
+    ratio = options.cost_ratio or _model_ratio(plan, prepared.base)
+    planned = planned_schedule(schedule, arena, ratio=ratio, by_time=packs_by_time(arena.lengths, options))
     if prepared.cost_ratio and not planned.by_time:
         console.warn(
-            f"a document of {prepared.train.longest} tokens takes longer than a pack of {config.packing.capacity} may: "
+            f"a document of {prepared.train.longest} tokens takes longer than a pack of {options.capacity} may: "
             "packs are filled by tokens, and the packs of a step are dealt to the ranks by time"
         )
     return planned

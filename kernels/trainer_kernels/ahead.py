@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from trainer_kernels.checks import whole
-from trainer_kernels.collate import Buffers
 from trainer_kernels.errors import PackingError
 
 Order = TypeVar("Order")
+Room = TypeVar("Room")
 Made = TypeVar("Made")
 
 AHEAD = 3
@@ -35,12 +35,13 @@ class _End:
     """All have been made."""
 
 
-class Ahead(Generic[Order, Made]):
+class Ahead(Generic[Order, Room, Made]):
     """Iterates over ``make(order, buffers)`` for each of ``orders``, in order, made by a thread up to ``ahead`` early.
 
     ``orders`` is anything that says what to make, such as the document ids of each pack; it is read by the thread, so
-    a generator that plans does so there too. ``make`` writes to the ``Buffers`` that it gets and returns the batch.
-    ``new_buffers`` is called ``ahead + held`` times, here and now.
+    a generator that plans does so there too. ``make`` writes to the buffers that it gets and returns the batch.
+    ``new_buffers`` makes them, ``Buffers`` or anything else that holds one batch; it is called ``ahead + held`` times,
+    here and now.
 
     A batch is valid until the ``held``-th request after it, then its buffers are written again: ask only when nothing
     reads the oldest any more, a copy to a device included. An error of ``orders`` or ``make`` is raised where its batch
@@ -50,8 +51,8 @@ class Ahead(Generic[Order, Made]):
     def __init__(
         self,
         orders: Iterable[Order],
-        make: Callable[[Order, Buffers], Made],
-        new_buffers: Callable[[], Buffers],
+        make: Callable[[Order, Room], Made],
+        new_buffers: Callable[[], Room],
         *,
         ahead: int = AHEAD,
         held: int = 1,
@@ -59,9 +60,9 @@ class Ahead(Generic[Order, Made]):
         whole("ahead", ahead, 1, 1024)
         whole("held", held, 1, 1024)
         self._held = held
-        self._free: SimpleQueue[Buffers | None] = SimpleQueue()
-        self._ready: SimpleQueue[tuple[Buffers, Made] | _Failed | _End] = SimpleQueue()
-        self._out: deque[Buffers] = deque()
+        self._free: SimpleQueue[Room | None] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[Room, Made] | _Failed | _End] = SimpleQueue()
+        self._out: deque[Room] = deque()
         self._state = "open"
         for _ in range(ahead + held):
             self._free.put(new_buffers())
@@ -113,16 +114,16 @@ class Ahead(Generic[Order, Made]):
         self.close()
 
 
-def _stop(stop: threading.Event, free: "SimpleQueue[Buffers | None]") -> None:
+def _stop(stop: threading.Event, free: "SimpleQueue[Room | None]") -> None:
     stop.set()
     free.put(None)
 
 
 def _work(
     orders: Iterable[Order],
-    make: Callable[[Order, Buffers], Made],
-    free: "SimpleQueue[Buffers | None]",
-    ready: "SimpleQueue[tuple[Buffers, Made] | _Failed | _End]",
+    make: Callable[[Order, Room], Made],
+    free: "SimpleQueue[Room | None]",
+    ready: "SimpleQueue[tuple[Room, Made] | _Failed | _End]",
     stop: threading.Event,
 ) -> None:
     """Make all of ``orders``, each when there are free buffers; None among those only wakes it up to stop."""

@@ -89,6 +89,11 @@ class PackPlan:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def most_documents(self) -> int:
+        """Documents of the pack that has the most."""
+        return int(np.diff(self.offsets).max())
+
     def pack(self, i: int) -> NDArray[np.int32]:
         """Document ids of pack ``i`` (``0 <= i < len(plan)``), a view of int32[k], k >= 1."""
         whole("the number of a pack", i, 0, len(self) - 1)

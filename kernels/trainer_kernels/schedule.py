@@ -7,10 +7,10 @@ ranks is a difference of two prefix sums: nobody has to count, let alone ask the
 """
 
 import heapq
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from math import ceil, isfinite
 from typing import Literal, get_args
 
@@ -33,15 +33,40 @@ _NO_DOCUMENTS = np.empty(0, np.int32)
 _NO_DOCUMENTS.flags.writeable = False
 
 
+class _Latest:
+    """``packs``, with the two latest plans kept. Threads that ask for the same plan wait for one that makes it.
+
+    Nobody waits for a plan that is there, while another thread already makes the next one.
+    """
+
+    def __init__(self, packs: Callable[[int], PackPlan]) -> None:
+        self._packs = packs
+        self._kept: dict[int, PackPlan] = {}
+        self._making = threading.Lock()
+
+    def __call__(self, epoch: int) -> PackPlan:
+        plan = self._kept.get(epoch)
+        if plan is not None:
+            return plan
+        with self._making:
+            plan = self._kept.get(epoch)
+            if plan is None:
+                plan = self._packs(epoch)
+                self._kept = dict([*self._kept.items(), (epoch, plan)][-2:])
+            return plan
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
     """All steps of a run; made by ``schedule``. Equal on every rank.
 
-    ``num_steps`` optimizer steps over ``num_packs`` packs; ``num_empty`` empty packs fill up the last step.
+    ``num_steps`` optimizer steps over ``num_packs`` packs; ``num_empty`` empty packs fill up the last step. No pack has
+    more than ``most_documents``.
     """
 
     num_steps: int
     num_packs: int
+    most_documents: int
     world_size: int
     accumulation: int
     sync: Sync
@@ -164,8 +189,8 @@ def schedule(
     targets = whole_numbers("targets", targets, 0)
     if costs is not None:
         costs = whole_numbers("costs", costs, 0)
-    kept = lru_cache(maxsize=2)(packs)
-    first, per_pack_targets, per_pack_costs = _lay_out(kept, targets, costs, epochs, limit)
+    kept = _Latest(packs)
+    first, per_pack_targets, per_pack_costs, most_documents = _lay_out(kept, targets, costs, epochs, limit)
     count = len(per_pack_targets)
     if count < per_step:
         raise PackingError(
@@ -179,6 +204,7 @@ def schedule(
     return Schedule(
         num_steps=ceil(count / per_step),
         num_packs=count,
+        most_documents=most_documents,
         world_size=world_size,
         accumulation=accumulation,
         sync=sync,
@@ -195,13 +221,16 @@ def _lay_out(
     costs: NDArray[np.integer] | None,
     epochs: float,
     limit: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
-    """Where each epoch begins, and the targets and costs of every pack of the run (at most ``limit`` packs)."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None, int]:
+    """Where each epoch begins, the targets and costs of every pack of the run, and the most documents of one.
+
+    At most ``limit`` packs.
+    """
     wanted = Fraction(epochs).limit_denominator(1_000_000)  # 0.1 means a tenth, not its nearest double
     if wanted == 0:
         wanted = Fraction(1, 1_000_000)
     first = [0]
-    used = 0
+    used = most_documents = 0
     target_parts: list[NDArray[np.int64]] = []
     cost_parts: list[NDArray[np.int64]] = []
     for epoch in range(ceil(wanted)):
@@ -212,10 +241,12 @@ def _lay_out(
         if costs is not None:
             cost_parts.append(_per_pack(plan, costs, "costs")[:take])
         first.append(first[-1] + len(plan))
+        most_documents = max(most_documents, plan.most_documents)
         used += take
         if used == limit:
             break
-    return np.array(first, np.int64), np.concatenate(target_parts), np.concatenate(cost_parts) if cost_parts else None
+    per_pack_costs = np.concatenate(cost_parts) if cost_parts else None
+    return np.array(first, np.int64), np.concatenate(target_parts), per_pack_costs, most_documents
 
 
 def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray[np.int64]:

@@ -111,7 +111,14 @@ def our_course(source: TrainingBatches, ranks: Ranks, *, lora: bool) -> tuple[np
     factor = lr_schedule("cosine", steps=STEPS, warmup=0.1)
     outcomes = [
         train_step(
-            strategy, source, planned, lr=LR * factor(planned.index), seed=0, stop=lambda: False, timer=StepTimer()
+            strategy,
+            source,
+            planned,
+            source.load,
+            lr=LR * factor(planned.index),
+            seed=0,
+            stop=lambda: False,
+            timer=StepTimer(),
         )
         for planned in source.steps(0)
     ]

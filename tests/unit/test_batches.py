@@ -8,7 +8,9 @@ import pytest
 import torch
 from train_fixtures import make_arena, schedule_for
 
-from trainer.data.batches import TrainingBatches, held_out_batches, make_batch, training_schedule
+from trainer.data.batches import TrainingBatches, held_out_batches
+from trainer.data.scheduling import ScheduleOptions, training_schedule
+from trainer.data.transfer import make_batch
 from trainer.errors import DataError
 from trainer_kernels import TokenArena
 
@@ -22,12 +24,12 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> TokenArena:
 
 def batches(arena: TokenArena, rank: int = 0, world_size: int = 1) -> TrainingBatches:
     plan = schedule_for(arena, world_size=world_size, packs=2, epochs=2.0, max_steps=None)
-    return TrainingBatches(arena, plan, rank=rank, device=CPU, pad_token_id=0)
+    return TrainingBatches(arena, plan, capacity=96, rank=rank, device=CPU, pad_token_id=0)
 
 
 def test_a_batch_is_what_its_documents_say(arena: TokenArena) -> None:
     chosen = np.array([5, 2, 9], np.int32)
-    batch = make_batch(arena, chosen, device=CPU, pad_token_id=0)
+    batch = make_batch(arena, chosen, pad_token_id=0)
     documents = [arena.document(int(number)) for number in chosen]
     assert batch.input_ids.tolist() == [[token for ids, _ in documents for token in ids.tolist()]]
     ends = np.cumsum([0, *(len(ids) for ids, _ in documents)]).tolist()
@@ -48,7 +50,7 @@ def test_a_batch_is_what_its_documents_say(arena: TokenArena) -> None:
 
 
 def test_no_documents_are_one_token_of_padding(arena: TokenArena) -> None:
-    batch = make_batch(arena, np.array([], np.int32), device=CPU, pad_token_id=3)
+    batch = make_batch(arena, np.array([], np.int32), pad_token_id=3)
     assert (batch.input_ids.tolist(), batch.labels.tolist()) == ([[3]], [[-100]])
     assert (batch.num_tokens, batch.num_targets) == (0, 0)
 
@@ -94,26 +96,21 @@ def test_documents_are_described_by_origin_or_number(arena: TokenArena) -> None:
     assert source.describe(3, 1, 0) == ", ".join(f"document {number}" for number in other)
     plan = schedule_for(arena, world_size=2, packs=2, epochs=2.0, max_steps=None)
     named = TrainingBatches(
-        arena, plan, rank=0, device=CPU, pad_token_id=0, origin_of=lambda number: f"rows.jsonl:{number + 1}"
+        arena,
+        plan,
+        capacity=96,
+        rank=0,
+        device=CPU,
+        pad_token_id=0,
+        origin_of=lambda number: f"rows.jsonl:{number + 1}",
     )
     assert named.describe(3, 1, 0) == ", ".join(f"rows.jsonl:{number + 1}" for number in other)
 
 
 def test_only_the_first_documents_of_many_are_named(tmp_path: Path) -> None:
     arena = make_arena(tmp_path / "many", documents=40)
-    plan = training_schedule(
-        arena.lengths,
-        arena.targets,
-        capacity=10_000,
-        algorithm="rfc",
-        max_documents=None,
-        seed=0,
-        epochs=1.0,
-        max_steps=None,
-        world_size=1,
-        accumulation=1,
-    )
-    words = TrainingBatches(arena, plan, rank=0, device=CPU, pad_token_id=0).describe(0, 0, 0)
+    plan = training_schedule(arena.lengths, arena.targets, ScheduleOptions(capacity=10_000))
+    words = TrainingBatches(arena, plan, capacity=10_000, rank=0, device=CPU, pad_token_id=0).describe(0, 0, 0)
     assert words.endswith(" and 32 more")
     assert words.count("document ") == 8
 

@@ -64,7 +64,7 @@ def take_step(source: TrainingBatches, strategy: Strategy, index: int) -> Outcom
 def step_of(
     source: TrainingBatches, strategy: Strategy, planned: PlannedStep, *, lr: float = 1e-3, seed: int = 0
 ) -> Outcome:
-    return train_step(strategy, source, planned, lr=lr, seed=seed, stop=lambda: False, timer=StepTimer())
+    return train_step(strategy, source, planned, source.load, lr=lr, seed=seed, stop=lambda: False, timer=StepTimer())
 
 
 # -- one step ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Steps, epochs, ranks and targets: the schedule against the obvious list of packs, and what it refuses."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -256,3 +257,30 @@ def test_packs_that_change_between_calls_are_refused() -> None:
     with pytest.raises(PackingError, match="epoch 0 was packed in another way than before") as caught:
         next(made.batches(0))
     assert caught.value.allowed.endswith("packs, as when the schedule was made")
+
+
+def test_threads_that_want_the_same_plan_make_it_once_and_nobody_waits_for_one_that_is_there() -> None:
+    lengths = np.full(40, 10, np.int32)
+    made: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def packs(epoch: int) -> PackPlan:
+        made.append(epoch)
+        if made.count(2) > 1:  # the first time is when the schedule is made
+            begun.set()
+            assert go_on.wait(60)
+        return pack(lengths, 20, epoch=epoch)
+
+    steps = schedule(packs, lengths, epochs=5, world_size=1, accumulation=1)
+    steps.plan(1)
+    found: list[PackPlan] = []
+    threads = [threading.Thread(target=lambda: found.append(steps.plan(2))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    assert len(steps.plan(1)) == 20, "there already, while another thread makes the next one"
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] is found[1]
+    assert made == [0, 1, 2, 3, 4, 1, 2]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.data.batches import fits_by_time, training_schedule
+from trainer.data.scheduling import ScheduleOptions, packs_by_time, training_schedule
 from trainer.data.timing import cost_ratio, measured_ratio, sync_of, waiting_share
 from trainer.memory import SMOLLM2_135M, ModelShape
 from trainer_kernels import CostModel, Schedule
@@ -26,20 +26,10 @@ def uneven_lengths(longest: int) -> np.ndarray:
 def scheduled(
     lengths: np.ndarray, *, ratio: float, world_size: int = 8, accumulation: int = 1, sync: Sync = "step"
 ) -> Schedule:
-    return training_schedule(
-        lengths,
-        np.ones_like(lengths),
-        capacity=CAPACITY,
-        algorithm="rfc",
-        max_documents=None,
-        seed=1,
-        epochs=1.0,
-        max_steps=None,
-        world_size=world_size,
-        accumulation=accumulation,
-        cost_ratio=ratio,
-        sync=sync,
+    options = ScheduleOptions(
+        capacity=CAPACITY, seed=1, world_size=world_size, accumulation=accumulation, cost_ratio=ratio, sync=sync
     )
+    return training_schedule(lengths, np.ones_like(lengths), options)
 
 
 def test_the_ratio_of_a_model_is_that_of_its_flop():
@@ -64,7 +54,9 @@ def test_packs_by_time_take_equally_long_and_nobody_waits():
 
 def test_a_document_that_takes_longer_than_a_pack_leaves_the_packs_and_deals_them_by_time():
     lengths = uneven_lengths(longest=CAPACITY)
-    assert not fits_by_time(lengths, CAPACITY, RATIO)
+    assert not packs_by_time(lengths, ScheduleOptions(capacity=CAPACITY, cost_ratio=RATIO))
+    assert packs_by_time(lengths // 4 + 1, ScheduleOptions(capacity=CAPACITY, cost_ratio=RATIO))
+    assert not packs_by_time(lengths // 4 + 1, ScheduleOptions(capacity=CAPACITY))
     weights = CostModel(1.0, RATIO).weight(lengths)
     plain = scheduled(lengths, ratio=0.0, world_size=4, accumulation=8)
     for sync in ("micro", "step"):

@@ -24,7 +24,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.console import run_and_report
-from trainer.data.batches import TrainingBatches, held_out_batches, training_schedule
+from trainer.data.batches import TrainingBatches, held_out_batches
+from trainer.data.scheduling import ScheduleOptions, training_schedule
 from trainer.distributed.fsdp import Sharding
 from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.distributed.strategy import Strategy, StrategyName, make_strategy
@@ -125,18 +126,15 @@ def with_data(folder: Path, data: Path) -> Path:
 
 def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: float, max_steps: int | None) -> Schedule:
     """A schedule of ``packs`` per step of 96 tokens each."""
-    return training_schedule(
-        arena.lengths,
-        arena.targets,
+    options = ScheduleOptions(
         capacity=96,
-        algorithm="rfc",
-        max_documents=None,
         seed=3,
         epochs=epochs,
         max_steps=max_steps,
         world_size=world_size,
         accumulation=packs // world_size,
     )
+    return training_schedule(arena.lengths, arena.targets, options)
 
 
 def make_source(
@@ -145,7 +143,7 @@ def make_source(
     """The batches of this rank out of the arena in ``folder``."""
     arena = TokenArena.open(folder / "train")
     plan = schedule_for(arena, world_size=ranks.world_size, packs=packs, epochs=epochs, max_steps=max_steps)
-    return TrainingBatches(arena, plan, rank=ranks.rank, device=ranks.device, pad_token_id=0)
+    return TrainingBatches(arena, plan, capacity=96, rank=ranks.rank, device=ranks.device, pad_token_id=0)
 
 
 def tiny_strategy(

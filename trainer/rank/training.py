@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from trainer.console import ProgressReport, progress
-from trainer.data.batches import TrainingBatches, training_schedule
-from trainer.data.timing import WARM_UP, measured_ratio, sync_of
+from trainer.data.batches import TrainingBatches
+from trainer.data.scheduling import schedule_options, training_schedule
+from trainer.data.timing import WARM_UP, measured_ratio
 from trainer.data.tokenized import origins_path
 from trainer.distributed.strategy import Strategy
 from trainer.errors import NeedsPerson, RunError
@@ -78,24 +79,12 @@ def suggest_cost_ratio(job: Job, source: TrainingBatches, metrics: MetricsFile, 
 
 def training_batches(job: Job) -> TrainingBatches:
     """This rank's share of the training data."""
-    config, arena = job.plan.config, open_arena(job.prepared.train)
-    plan = training_schedule(
-        arena.lengths,
-        arena.targets,
-        capacity=config.packing.capacity,
-        algorithm=config.packing.algorithm,
-        max_documents=config.packing.max_documents,
-        seed=config.run.seed,
-        epochs=config.optim.epochs,
-        max_steps=config.optim.max_steps,
-        world_size=job.plan.world_size,
-        accumulation=job.plan.accumulation,
-        cost_ratio=job.prepared.cost_ratio,
-        sync=sync_of(job.plan.strategy),
-    )
+    arena = open_arena(job.prepared.train)
+    options = schedule_options(job.plan, cost_ratio=job.prepared.cost_ratio)
     return TrainingBatches(
         arena,
-        plan,
+        training_schedule(arena.lengths, arena.targets, options),
+        capacity=options.capacity,
         rank=job.ranks.rank,
         device=job.ranks.device,
         pad_token_id=job.prepared.pad_token_id,

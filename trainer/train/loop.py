@@ -15,7 +15,7 @@ from typing import Literal, NoReturn
 
 import torch
 
-from trainer.data.batches import PlannedStep, TrainingBatches
+from trainer.data.batches import Load, PlannedStep, TrainingBatches
 from trainer.distributed.seeds import seed_all
 from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
@@ -91,33 +91,36 @@ def train(
     strategy.module.train()
     if state.pending is not None and not state.stopped_early:
         _validate(strategy, settings, hooks, state, state.pending)
-    for planned in source.steps(state.step):
-        if state.stopped_early:
-            break
-        timer = StepTimer()
-        lr = settings.lr(planned.index)
-        outcome = train_step(strategy, source, planned, lr=lr, seed=settings.seed, stop=stop.is_up, timer=timer)
-        state.tokens += outcome.tokens
-        record = _record(strategy, planned, outcome, state, lr, timer)
-        if outcome.fault is not None:
-            hooks.record(record, {})
-            raise outcome.fault
-        state.step, state.skipped = record.step, state.skipped + outcome.skipped
-        last = state.step == source.num_steps
-        spike = _watch(settings, hooks, state, outcome)
-        due = hooks.validate is not None and (last or state.step % settings.validate_every == 0)
-        if outcome.stop and not last:
-            _stop(hooks, state, record, due=due)
-        best = False
-        if due:
-            best = _validate(strategy, settings, hooks, state, record, timer)
-        else:
-            hooks.record(record, {})
-        must_save = last or state.stopped_early or spike is not None
-        if must_save or best or state.step % settings.save_every == 0:
-            _save(hooks, state, required=must_save)
-        if spike is not None:
-            raise spike
+    with source.ahead(state.step) as load:
+        for planned in source.steps(state.step):
+            if state.stopped_early:
+                break
+            timer = StepTimer()
+            lr = settings.lr(planned.index)
+            outcome = train_step(
+                strategy, source, planned, load, lr=lr, seed=settings.seed, stop=stop.is_up, timer=timer
+            )
+            state.tokens += outcome.tokens
+            record = _record(strategy, planned, outcome, state, lr, timer)
+            if outcome.fault is not None:
+                hooks.record(record, {})
+                raise outcome.fault
+            state.step, state.skipped = record.step, state.skipped + outcome.skipped
+            last = state.step == source.num_steps
+            spike = _watch(settings, hooks, state, outcome)
+            due = hooks.validate is not None and (last or state.step % settings.validate_every == 0)
+            if outcome.stop and not last:
+                _stop(hooks, state, record, due=due)
+            best = False
+            if due:
+                best = _validate(strategy, settings, hooks, state, record, timer)
+            else:
+                hooks.record(record, {})
+            must_save = last or state.stopped_early or spike is not None
+            if must_save or best or state.step % settings.save_every == 0:
+                _save(hooks, state, required=must_save)
+            if spike is not None:
+                raise spike
     return state
 
 
@@ -125,6 +128,7 @@ def train_step(
     strategy: Strategy,
     source: TrainingBatches,
     planned: PlannedStep,
+    load: Load,
     *,
     lr: float,
     seed: int,
@@ -133,8 +137,8 @@ def train_step(
 ) -> Outcome:
     """Forward and backward over this rank's micro-batches, agree with the other ranks, and take the optimizer step.
 
-    ``stop`` is asked as late as possible. The step is not taken when a loss or the gradient is not finite
-    (``Outcome.fault``).
+    ``load`` is called for one micro-batch after the other, when the one before has gone backward. ``stop`` is asked as
+    late as possible. The step is not taken when a loss or the gradient is not finite (``Outcome.fault``).
 
     Raises:
         TrainingFault: the batches do not hold the targets that the schedule counted.
@@ -146,7 +150,7 @@ def train_step(
     tokens = targets = 0
     for number, documents in enumerate(planned.documents, 1):
         with timer.part("data"):
-            batch = source.load(documents)
+            batch = load(documents)
         with timer.part("forward_backward"), strategy.micro_batch(last=number == len(planned.documents)):
             seed_all(seed, planned.index, *documents.tolist())
             loss = strategy.module(batch)
