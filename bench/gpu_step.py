@@ -6,8 +6,8 @@ A Llama of 1.24 B parameters with random weights (vocabulary 128256) on 6000 doc
 lengths (median 350, up to 4096). Both sides see the same documents and run in turn, each as a process of its own. Ours
 is what a run does: `TrainingBatches`, `PackedLoss`, the strategy and `train_step`. TRL gets packing (bfd), its Liger
 losses and layers, a fused optimizer, and our document boundaries for the same `varlen_attn`, which it cannot use alone.
-Real tokens only are counted; the first steps are left out. Sides: `ours`, `ours-eager` (nothing compiled), `trl`
-(weights and AdamW's moments in bfloat16, which loses small updates), `trl-float32` (as ours, and as its own default).
+Real tokens only are counted; the first steps are left out. Sides: `ours`, `ours-eager` (nothing compiled),
+`ours-profile` (prints where the time goes), `trl` (weights and AdamW's moments in bfloat16, which loses small updates), `trl-float32` (as ours, and as its own default).
 """
 
 import argparse
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,11 +100,14 @@ def llama(layers: int, dtype: Any, attention: str) -> Any:
         return LlamaForCausalLM(config).to(dtype)
 
 
-def ours(method: str, capacity: int, steps: int, layers: int, *, compiled: bool = True) -> dict[str, float]:
+def ours(
+    method: str, capacity: int, steps: int, layers: int, *, compiled: bool = True, profiled: bool = False
+) -> dict[str, float]:
     """Median real tokens per second of our steps."""
     import torch
 
-    from trainer.data.batches import TrainingBatches, training_schedule
+    from trainer.data.batches import TrainingBatches
+    from trainer.data.scheduling import ScheduleOptions, training_schedule
     from trainer.distributed.ranks import start_ranks
     from trainer.distributed.strategy import make_strategy
     from trainer.model.adapters import attach_lora
@@ -134,28 +139,43 @@ def ours(method: str, capacity: int, steps: int, layers: int, *, compiled: bool 
             for ids in documents():
                 writer.add(ids, np.arange(len(ids)) > 0)
             arena = writer.close()
-        plan = training_schedule(
-            arena.lengths,
-            arena.targets,
-            capacity=capacity,
-            algorithm="rfc",
-            max_documents=None,
-            seed=0,
-            epochs=1,
-            max_steps=steps,
-            world_size=1,
-            accumulation=1,
-        )
-        source = TrainingBatches(arena, plan, rank=0, device=ranks.device, pad_token_id=0)
+        plan = training_schedule(arena.lengths, arena.targets, ScheduleOptions(capacity=capacity, max_steps=steps))
+        source = TrainingBatches(arena, plan, capacity=capacity, rank=0, device=ranks.device, pad_token_id=0)
         loss.train()
         rates: list[float] = []
-        for planned in source.steps(0):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            outcome = train_step(strategy, source, planned, lr=1e-5, seed=0, stop=lambda: False, timer=StepTimer())
-            torch.cuda.synchronize()
-            rates.append(outcome.tokens / (time.perf_counter() - began))
+        with source.ahead(0) as load, kernels(profiled) as table:
+            for planned in source.steps(0):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                outcome = train_step(
+                    strategy, source, planned, load, lr=1e-5, seed=0, stop=lambda: False, timer=StepTimer()
+                )
+                torch.cuda.synchronize()
+                rates.append(outcome.tokens / (time.perf_counter() - began))
+                table.step()
     return figures(rates)
+
+
+class NoTable:
+    """Stands in for the profiler."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def kernels(wanted: bool) -> Iterator[Any]:
+    """Print where the time of three steps goes, kernel by kernel, if ``wanted``."""
+    if not wanted:
+        yield NoTable()
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    when = schedule(wait=WARM_UP_STEPS + 1, warmup=1, active=3)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], schedule=when) as found:
+        yield found
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=80)
+    print(table, file=sys.stderr)
 
 
 def trl(method: str, capacity: int, steps: int, layers: int, *, weights: str = "bfloat16") -> dict[str, float]:
@@ -241,6 +261,7 @@ def figures(rates: list[float]) -> dict[str, float]:
 SIDES = {
     "ours": ours,
     "ours-eager": partial(ours, compiled=False),
+    "ours-profile": partial(ours, profiled=True),
     "trl": trl,
     "trl-float32": partial(trl, weights="float32"),
 }
