@@ -1,10 +1,11 @@
 import pytest
 import torch
-from model_fixtures import CPU, VOCABULARY, assert_near, gradients, llama, pack
+from model_fixtures import CPU, VOCABULARY, assert_near, gradients, llama, mistral, pack, qwen3
+from torch._dynamo.exc import BackendCompilerFailed
 
 from trainer.errors import ModelError
 from trainer.evaluate.generate import generate
-from trainer.model.adapters import attach_lora, decoder_layer_modules
+from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
 from trainer.model.compiling import compile_layers, should_compile, without_compiling
 from trainer.model.loss import PackedLoss, chunk_for
 from trainer.samples import EvaluationExample
@@ -80,6 +81,29 @@ def test_compiled_layers_give_the_same_loss_for_every_pack_and_are_compiled_once
         for name, gradient in grads_wanted.items():
             scale = float(gradient.abs().max())
             assert_near(grads[name], gradient, largest=2e-4 * scale, mean=2e-5 * scale)
+
+
+class Traced(Exception):
+    """Ends a forward pass at the first graph: what would follow needs a GPU."""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "lora"])
+def test_a_layer_with_the_gpu_kernel_is_one_graph(name, monkeypatch):
+    """No part of a layer is left to Python on a GPU, its attention least of all."""
+    makers = {"llama": llama, "qwen3": qwen3, "mistral": mistral, "lora": lambda: attach_lora(llama(), rank=2, alpha=4)}
+    monkeypatch.setattr("trainer.model.attention.uses_varlen_kernel", lambda device, dtype: True)
+    calls = []
+
+    def backend(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        raise Traced
+
+    model = makers[name]()
+    for layer in decoder_layer_modules(inner_model(model)):
+        layer.compile(backend=backend, fullgraph=True)
+    with pytest.raises(BackendCompilerFailed, match="Traced"), torch.autocast("cpu", dtype=torch.bfloat16):
+        PackedLoss(model)(pack())
+    assert calls.count("torch_attn._varlen_attn") == 1
 
 
 def test_generation_runs_uncompiled():
