@@ -167,7 +167,7 @@ def main() -> int:
         arena = make_arena(Path(folder) / "arena", given.documents)
         options = ScheduleOptions(capacity=given.capacity, accumulation=4)
         plan = training_schedule(arena.lengths, arena.targets, options)
-        shape = BatchShape(positions=given.capacity, documents=plan.most_documents)
+        shape = BatchShape(positions=given.capacity, documents=plan.row.most_documents)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
         print(f"{given.capacity} tokens a batch, {shape.boundaries} boundaries, {plan.num_steps} steps; medians")
         time_ways(Ways(arena, plan.documents(0)[0], shape), given.rounds)
