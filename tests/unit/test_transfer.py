@@ -260,8 +260,9 @@ def cuda() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def shape_of(arena: TokenArena) -> BatchShape:
-    plan = schedule_for(arena, world_size=1, packs=4, epochs=3.0, max_steps=None)
+def shape_of(arena: TokenArena, *, epochs: float = 3.0) -> BatchShape:
+    """That of ``batches``."""
+    plan = schedule_for(arena, world_size=1, packs=4, epochs=epochs, max_steps=None)
     return BatchShape(positions=96, documents=plan.row.most_documents)
 
 
@@ -306,7 +307,7 @@ def test_nothing_waits_for_the_gpu(arena: TokenArena, cuda: torch.device) -> Non
 @pytest.mark.parametrize("slow", ["copies", "computation", "neither"])
 def test_memory_is_not_written_before_it_was_read(arena: TokenArena, cuda: torch.device, slow: str) -> None:
     """Copies that begin late must still find their batch, and a late computation its boundaries and tokens."""
-    source, shape = batches(arena, cuda, epochs=40.0), shape_of(arena)
+    source, shape = batches(arena, cuda, epochs=40.0), shape_of(arena, epochs=40.0)
     source.load(np.array([1], np.int32))
     copying = source._maker._stream  # type: ignore[attr-defined]
     asked: list[Any] = []
