@@ -156,7 +156,7 @@ def waits(source: TrainingBatches, load: Load | Callable[[Documents], None]) -> 
 def main() -> int:
     """Run everything; 1 without a GPU."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--capacity", type=int, default=65536)
+    arguments.add_argument("--capacity", type=int, default=65536, help="at least 8192, the longest document")
     arguments.add_argument("--rounds", type=int, default=200)
     arguments.add_argument("--documents", type=int, default=20_000)
     given = arguments.parse_args()
