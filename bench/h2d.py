@@ -156,7 +156,7 @@ def waits(source: TrainingBatches, load: Load | Callable[[Documents], None]) -> 
 def main() -> int:
     """Run everything; 1 without a GPU."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--capacity", type=int, default=65536)
+    arguments.add_argument("--capacity", type=int, default=65536, help="at least 8192, the longest document")
     arguments.add_argument("--rounds", type=int, default=200)
     arguments.add_argument("--documents", type=int, default=20_000)
     given = arguments.parse_args()
@@ -167,7 +167,7 @@ def main() -> int:
         arena = make_arena(Path(folder) / "arena", given.documents)
         options = ScheduleOptions(capacity=given.capacity, accumulation=4)
         plan = training_schedule(arena.lengths, arena.targets, options)
-        shape = BatchShape(positions=given.capacity, documents=plan.most_documents)
+        shape = BatchShape(positions=given.capacity, documents=plan.row.most_documents)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
         print(f"{given.capacity} tokens a batch, {shape.boundaries} boundaries, {plan.num_steps} steps; medians")
         time_ways(Ways(arena, plan.documents(0)[0], shape), given.rounds)

@@ -130,6 +130,11 @@ class RunFolder:
         return self.root / "launch"
 
     @property
+    def schedule_npz(self) -> Path:
+        """Where each epoch's packs begin and how many targets each pack has, so that ranks need not pack all epochs."""
+        return self.launch / "schedule.npz"
+
+    @property
     def logs(self) -> Path:
         """One file per rank."""
         return self.root / "logs"

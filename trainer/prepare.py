@@ -24,7 +24,7 @@ from trainer.data.account import say_rows, say_tokens
 from trainer.data.chat import ChatEncoder
 from trainer.data.planned import PlannedSchedule, planned_schedule
 from trainer.data.rows import Rows, gather_rows, rows_digest
-from trainer.data.scheduling import packs_by_time, schedule_options, training_schedule
+from trainer.data.scheduling import packs_by_time, row_key, save_row, schedule_options, training_schedule
 from trainer.data.splits import SplitName, check_frozen, freeze
 from trainer.data.templates import ChatTemplate, choose_template
 from trainer.data.timing import cost_ratio
@@ -80,7 +80,7 @@ def prepare(folder: RunFolder) -> Prepared:
     _check_prompts(tokens, context, config.task.max_new_tokens)
     _save_tokenizer(folder, tokenizer, template, pad=tokens.report.pad_token_id, context=context)
     prepared = _describe(folder, plan, rows, base, tokens, dtype=(dtype, reason), splits_sha256=splits_sha256)
-    schedule = _schedule(plan, prepared)
+    schedule = _schedule(folder, plan, prepared)
     write_atomic(folder.launch / "schedule.json", msgspec.json.format(msgspec.json.encode(schedule), indent=2))
     write_atomic(folder.prepared_json, msgspec.json.format(msgspec.json.encode(prepared), indent=2))
     write_marker(folder, _marker(plan, prepared, schedule, seconds=time.monotonic() - started))
@@ -305,10 +305,12 @@ def _copy_examples(folder: RunFolder, tokens: Tokenized, name: SplitName) -> str
     return str(target)
 
 
-def _schedule(plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
+def _schedule(folder: RunFolder, plan: RunPlan, prepared: Prepared) -> PlannedSchedule:
+    """Pack all epochs, record for the ranks what came out, and describe it."""
     arena = TokenArena.open(prepared.train.arena)
     options = schedule_options(plan, cost_ratio=prepared.cost_ratio)
     schedule = training_schedule(arena.lengths, arena.targets, options)
+    save_row(folder.schedule_npz, schedule.row, key=row_key(prepared.train.arena_sha256, options))
     ratio = options.cost_ratio or _model_ratio(plan, prepared.base)
     planned = planned_schedule(schedule, arena, ratio=ratio, by_time=packs_by_time(arena.lengths, options))
     if prepared.cost_ratio and not planned.by_time:

@@ -11,7 +11,7 @@ from trainer_kernels.arena import ARENA_FORMAT, TokenArena
 from trainer_kernels.collate import IGNORE, Buffers, CompactBatch, PackedBatch, collate
 from trainer_kernels.errors import ArenaError, PackingError
 from trainer_kernels.packing import PLAN_FORMAT, CostModel, PackPlan, pack
-from trainer_kernels.schedule import Schedule, schedule
+from trainer_kernels.schedule import PackRow, Schedule, schedule, schedule_of
 from trainer_kernels.writer import ArenaWriter
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "CompactBatch",
     "CostModel",
     "PackPlan",
+    "PackRow",
     "PackedBatch",
     "PackingError",
     "Schedule",
@@ -32,4 +33,5 @@ __all__ = [
     "collate",
     "pack",
     "schedule",
+    "schedule_of",
 ]

@@ -57,23 +57,35 @@ class _Latest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Schedule:
-    """All steps of a run; made by ``schedule``. Equal on every rank.
+class PackRow:
+    """The row of all packs of a run without their documents: enough to know every step, before anything is packed.
 
-    ``num_steps`` optimizer steps over ``num_packs`` packs; ``num_empty`` empty packs fill up the last step. No pack has
-    more than ``most_documents``.
+    ``first`` int64[epochs + 1]: the place in the row at which each epoch begins, and the end of the last one.
+    ``targets`` int64[num_packs]: targets of each pack. ``costs`` int64[num_packs], or None: see ``schedule``.
+    ``most_documents``: of any pack. A row does not depend on how many ranks there are; it can be kept for later starts.
+    """
+
+    first: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    costs: NDArray[np.int64] | None
+    most_documents: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """All steps of a run; made by ``schedule`` or ``schedule_of``. Equal on every rank.
+
+    ``num_steps`` optimizer steps over ``num_packs`` packs; ``num_empty`` empty packs fill up the last step.
     """
 
     num_steps: int
     num_packs: int
-    most_documents: int
     world_size: int
     accumulation: int
     sync: Sync
+    row: PackRow
     _packs: Callable[[int], PackPlan]
-    _first: NDArray[np.int64]  # [epochs + 1] place in the row of packs at which each epoch begins
     _targets: NDArray[np.int64]  # [num_packs + 1] targets in all packs before a place
-    _costs: NDArray[np.int64] | None  # [num_packs]
 
     @property
     def packs_per_step(self) -> int:
@@ -94,22 +106,22 @@ class Schedule:
         """Passes over the data that are done when ``step`` is done."""
         _, stop = self._stretch(step)
         epoch, pack = self._position(stop - 1)
-        return epoch + (pack + 1) / int(self._first[epoch + 1] - self._first[epoch])
+        return epoch + (pack + 1) / int(self.row.first[epoch + 1] - self.row.first[epoch])
 
     def positions(self, step: int) -> list[Position | None]:
         """The packs of ``step``; rank r trains on entries r, r + world_size, ... in this order. None: an empty pack."""
         first, stop = self._stretch(step)
         places: list[Position | None] = [self._position(place) for place in range(first, stop)]
         places += [None] * (self.packs_per_step - len(places))
-        if self._costs is None:
+        if self.row.costs is None:
             return places
-        costs = [*map(int, self._costs[first:stop]), *[0] * (self.packs_per_step - (stop - first))]
+        costs = [*map(int, self.row.costs[first:stop]), *[0] * (self.packs_per_step - (stop - first))]
         spread = _sorted_by_cost(costs) if self.sync == "micro" else _even_sums(costs, self.world_size)
         return [places[entry] for entry in spread]
 
     def plan(self, epoch: int) -> PackPlan:
         """The packs of a pass over the documents; the two latest are kept, so asking again costs nothing."""
-        whole("epoch", epoch, 0, len(self._first) - 2)
+        whole("epoch", epoch, 0, len(self.row.first) - 2)
         return self._packs(epoch)
 
     def documents(self, step: int) -> list[NDArray[np.int32]]:
@@ -131,7 +143,7 @@ class Schedule:
             return _NO_DOCUMENTS
         epoch, pack = position
         plan = self._packs(epoch)
-        expected = int(self._first[epoch + 1] - self._first[epoch])
+        expected = int(self.row.first[epoch + 1] - self.row.first[epoch])
         if len(plan) != expected:
             raise PackingError(
                 f"epoch {epoch} was packed in another way than before",
@@ -147,8 +159,8 @@ class Schedule:
         return first, min(first + self.packs_per_step, self.num_packs)
 
     def _position(self, place: int) -> Position:
-        epoch = int(np.searchsorted(self._first, place, side="right")) - 1
-        return epoch, place - int(self._first[epoch])
+        epoch = int(np.searchsorted(self.row.first, place, side="right")) - 1
+        return epoch, place - int(self.row.first[epoch])
 
 
 def schedule(
@@ -178,40 +190,51 @@ def schedule(
     whole("accumulation", accumulation, 1, MOST)
     if max_steps is not None:
         whole("max_steps", max_steps, 1, MOST)
-    if sync not in get_args(Sync):
-        raise PackingError(
-            "unknown kind of sync", got=repr(sync), allowed=", ".join(get_args(Sync)), do="choose when ranks wait"
-        )
     if not (isfinite(epochs) and epochs > 0):
         raise PackingError("epochs is out of range", got=epochs, allowed="above 0", do="give a number of passes")
-    per_step = world_size * accumulation
-    limit = None if max_steps is None else max_steps * per_step
+    limit = None if max_steps is None else max_steps * world_size * accumulation
     targets = whole_numbers("targets", targets, 0)
     if costs is not None:
         costs = whole_numbers("costs", costs, 0)
     kept = _Latest(packs)
-    first, per_pack_targets, per_pack_costs, most_documents = _lay_out(kept, targets, costs, epochs, limit)
-    count = len(per_pack_targets)
+    row = _lay_out(kept, targets, costs, epochs, limit)
+    return schedule_of(kept, row, world_size=world_size, accumulation=accumulation, sync=sync)
+
+
+def schedule_of(
+    packs: Callable[[int], PackPlan], row: PackRow, *, world_size: int, accumulation: int, sync: Sync = "micro"
+) -> Schedule:
+    """The schedule that ``row`` belongs to, or that of the same packs at another world size.
+
+    ``packs`` is not called before documents are asked for, and then only for their epoch. Otherwise as ``schedule``.
+
+    Raises ``PackingError`` for options out of range, fewer packs than one step takes, or a step without targets.
+    """
+    whole("world_size", world_size, 1, MOST)
+    whole("accumulation", accumulation, 1, MOST)
+    if sync not in get_args(Sync):
+        raise PackingError(
+            "unknown kind of sync", got=repr(sync), allowed=", ".join(get_args(Sync)), do="choose when ranks wait"
+        )
+    per_step, count = world_size * accumulation, len(row.targets)
     if count < per_step:
         raise PackingError(
             "the whole run has fewer packs than one optimizer step takes",
-            got=f"{count} packs in {epochs:g} epochs",
+            got=f"{count} packs in {len(row.first) - 1} epochs",
             allowed=f"at least {per_step} (world_size {world_size} x accumulation {accumulation})",
             do="take fewer packs per step, a smaller capacity, or more epochs",
         )
-    prefix = np.concatenate([np.zeros(1, np.int64), np.cumsum(per_pack_targets, dtype=np.int64)])
+    prefix = np.concatenate([np.zeros(1, np.int64), np.cumsum(row.targets, dtype=np.int64)])
     _refuse_empty_steps(prefix, per_step)
     return Schedule(
         num_steps=ceil(count / per_step),
         num_packs=count,
-        most_documents=most_documents,
         world_size=world_size,
         accumulation=accumulation,
         sync=sync,
-        _packs=kept,
-        _first=first,
+        row=row,
+        _packs=packs if isinstance(packs, _Latest) else _Latest(packs),
         _targets=prefix,
-        _costs=per_pack_costs,
     )
 
 
@@ -221,11 +244,8 @@ def _lay_out(
     costs: NDArray[np.integer] | None,
     epochs: float,
     limit: int | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None, int]:
-    """Where each epoch begins, the targets and costs of every pack of the run, and the most documents of one.
-
-    At most ``limit`` packs.
-    """
+) -> PackRow:
+    """The row of packs, at most ``limit`` of them: packs every epoch once."""
     wanted = Fraction(epochs).limit_denominator(1_000_000)  # 0.1 means a tenth, not its nearest double
     if wanted == 0:
         wanted = Fraction(1, 1_000_000)
@@ -245,8 +265,12 @@ def _lay_out(
         used += take
         if used == limit:
             break
-    per_pack_costs = np.concatenate(cost_parts) if cost_parts else None
-    return np.array(first, np.int64), np.concatenate(target_parts), per_pack_costs, most_documents
+    return PackRow(
+        first=np.array(first, np.int64),
+        targets=np.concatenate(target_parts),
+        costs=np.concatenate(cost_parts) if cost_parts else None,
+        most_documents=most_documents,
+    )
 
 
 def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from trainer import prepare as stage
 from trainer.data import tokenized
 from trainer.data.rows import gather_rows
+from trainer.data.scheduling import read_row, row_key, schedule_options
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.markers import is_current, read_marker
 from trainer.paths import RunFolder
@@ -95,6 +96,10 @@ def test_schedule_and_marker(smoke: tuple[RunFolder, Prepared]) -> None:
     plan = load_plan(folder.plan_json.read_bytes())
     schedule = json.loads((folder.launch / "schedule.json").read_text())
     assert schedule.keys() == {"packs", "fill", "steps", "steps_per_epoch", "tokens_per_step", "waiting", "by_time"}
+    options = schedule_options(plan, cost_ratio=prepared.cost_ratio)
+    row = read_row(folder.schedule_npz, key=row_key(prepared.train.arena_sha256, options))
+    assert row is not None, "the ranks look for it with this key"
+    assert row.first[1] == schedule["packs"]
     assert schedule["steps"] == plan.config.optim.max_steps
     assert schedule["fill"] == pytest.approx(prepared.train.tokens / (schedule["packs"] * 256))
     assert schedule["steps_per_epoch"] == schedule["packs"] / 2

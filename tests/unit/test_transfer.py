@@ -191,14 +191,14 @@ def test_lengths_are_rounded_up_to_few_values(longest: int, rounded: int) -> Non
 def test_the_schedule_knows_the_most_documents_of_a_pack(arena: TokenArena) -> None:
     plan = schedule_for(arena, world_size=1, packs=2, epochs=3.0, max_steps=None)
     counts = [len(documents) for step in range(plan.num_steps) for documents in plan.documents(step)]
-    assert plan.most_documents == max(counts) > min(counts)
+    assert plan.row.most_documents == max(counts) > min(counts)
     few = training_schedule(arena.lengths, arena.targets, ScheduleOptions(capacity=96, max_documents=2))
-    assert few.most_documents == 2
+    assert few.row.most_documents == 2
 
 
 def test_a_batch_of_fixed_shape_is_the_padded_one_with_its_end_repeated(arena: TokenArena) -> None:
     plan = schedule_for(arena, world_size=1, packs=4, epochs=1.0, max_steps=None)
-    shape = BatchShape(positions=96, documents=plan.most_documents)
+    shape = BatchShape(positions=96, documents=plan.row.most_documents)
     room = Buffers.of("compact", 96, shape.boundaries - 2)
     for documents in (*plan.documents(0), *plan.documents(plan.num_steps - 1), np.zeros(0, np.int32)):
         room.cu_seqlens[:] = 7
@@ -260,9 +260,10 @@ def cuda() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def shape_of(arena: TokenArena) -> BatchShape:
-    plan = schedule_for(arena, world_size=1, packs=4, epochs=3.0, max_steps=None)
-    return BatchShape(positions=96, documents=plan.most_documents)
+def shape_of(arena: TokenArena, *, epochs: float = 3.0) -> BatchShape:
+    """That of ``batches``."""
+    plan = schedule_for(arena, world_size=1, packs=4, epochs=epochs, max_steps=None)
+    return BatchShape(positions=96, documents=plan.row.most_documents)
 
 
 @pytest.mark.gpu
@@ -306,7 +307,7 @@ def test_nothing_waits_for_the_gpu(arena: TokenArena, cuda: torch.device) -> Non
 @pytest.mark.parametrize("slow", ["copies", "computation", "neither"])
 def test_memory_is_not_written_before_it_was_read(arena: TokenArena, cuda: torch.device, slow: str) -> None:
     """Copies that begin late must still find their batch, and a late computation its boundaries and tokens."""
-    source, shape = batches(arena, cuda, epochs=40.0), shape_of(arena)
+    source, shape = batches(arena, cuda, epochs=40.0), shape_of(arena, epochs=40.0)
     source.load(np.array([1], np.int32))
     copying = source._maker._stream  # type: ignore[attr-defined]
     asked: list[Any] = []

@@ -58,7 +58,7 @@ class TrainingBatches:
         self._arena = arena
         self._schedule = plan
         self._rank = rank
-        shape = BatchShape(positions=capacity, documents=plan.most_documents)
+        shape = BatchShape(positions=capacity, documents=plan.row.most_documents)
         self._maker = batch_maker(arena, device=device, shape=shape, pad_token_id=pad_token_id)
         self._origin_of = origin_of
 

@@ -2,22 +2,44 @@
 
 ``prepare`` describes the schedule that the ranks then follow, so both have to ask for the same one: the numbers are
 taken out of the plan in one place.
+
+How many steps there are, and by how many targets each is divided, is known only once every epoch has been packed: most
+of a second for ten million documents, each. ``prepare`` does that once and records it (``save_row``); a rank then packs
+just the epoch that it is in.
 """
 
+import io
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.timing import sync_of
 from trainer.errors import DataError
+from trainer.paths import write_atomic
 from trainer.plan import RunPlan
-from trainer_kernels import CostModel, PackingError, PackPlan, Schedule, pack, schedule
+from trainer_kernels import (
+    PLAN_FORMAT,
+    CostModel,
+    PackingError,
+    PackPlan,
+    PackRow,
+    Schedule,
+    pack,
+    schedule,
+    schedule_of,
+)
 from trainer_kernels.schedule import Sync
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
+ROW_FORMAT = 1
+"""Raised whenever a recorded row would be read differently."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +84,13 @@ def schedule_options(plan: RunPlan, *, cost_ratio: float) -> ScheduleOptions:
     )
 
 
-def training_schedule(lengths: NDArray[np.int32], targets: NDArray[np.int32], options: ScheduleOptions) -> Schedule:
+def training_schedule(
+    lengths: NDArray[np.int32], targets: NDArray[np.int32], options: ScheduleOptions, recorded: PackRow | None = None
+) -> Schedule:
     """The packs of every optimizer step of a run, for all ranks.
 
     ``lengths``, ``targets``: int32 [n], tokens and target tokens of each document, as ``TokenArena`` has them.
+    ``recorded``: the row of just this schedule, from an earlier call; with it nothing is packed before it is asked for.
 
     Raises:
         DataError: fewer packs than one step takes, a document longer than ``capacity``, a step without targets.
@@ -84,19 +109,16 @@ def training_schedule(lengths: NDArray[np.int32], targets: NDArray[np.int32], op
             cost=cost if by_time else None,
         )
 
+    ranks = {"world_size": options.world_size, "accumulation": options.accumulation}
     try:
-        epochs = options.epochs
-        if options.max_steps is not None:
-            # One pass more than the first one's packs say: other passes may need a pack less for the same documents.
-            per_step = options.world_size * options.accumulation
-            epochs = ceil(options.max_steps * per_step / len(packs(0))) + 1
+        if recorded is not None:
+            return schedule_of(packs, recorded, **ranks, sync=options.sync)
         return schedule(
             packs,
             targets,
-            epochs=epochs,
-            world_size=options.world_size,
-            accumulation=options.accumulation,
+            epochs=_most_epochs(options, packs),
             max_steps=options.max_steps,
+            **ranks,
             sync=options.sync,
             costs=cost.weight(lengths) if cost is not None and not by_time else None,
         )
@@ -106,9 +128,50 @@ def training_schedule(lengths: NDArray[np.int32], targets: NDArray[np.int32], op
         ) from fault
 
 
+def _most_epochs(options: ScheduleOptions, packs: Callable[[int], PackPlan]) -> float:
+    """As configured, or enough for ``max_steps``."""
+    if options.max_steps is None:
+        return options.epochs
+    # One pass more than the first one's packs say: other passes may need a pack less for the same documents.
+    return ceil(options.max_steps * options.world_size * options.accumulation / len(packs(0))) + 1
+
+
 def packs_by_time(lengths: NDArray[np.int32], options: ScheduleOptions) -> bool:
     """Whether packs are filled by time: a ratio is given, and the longest document takes no longer than a pack has."""
     if not options.cost_ratio:
         return False
     longest = lengths[[lengths.argmax()]]
     return int(CostModel(1.0, options.cost_ratio).weight(longest)[0]) <= options.capacity
+
+
+# ---- what prepare records
+
+
+def row_key(arena_sha256: str, options: ScheduleOptions) -> str:
+    """All that a row depends on, as text. Not the number of ranks: only the packs of a step over all of them."""
+    of_ranks = {"world_size", "accumulation", "sync"}
+    numbers = {name: value for name, value in msgspec.to_builtins(options).items() if name not in of_ranks}
+    numbers |= {"packs_per_step": options.world_size * options.accumulation, "arena": arena_sha256}
+    return msgspec.json.encode(numbers | {"format": ROW_FORMAT, "plan_format": PLAN_FORMAT}, order="sorted").decode()
+
+
+def save_row(path: Path, row: PackRow, *, key: str) -> None:
+    """Write ``row`` to a file of 8 bytes a pack, or 16."""
+    costs = np.zeros(0, np.int64) if row.costs is None else row.costs
+    numbers = np.array([row.most_documents, row.costs is not None], np.int64)
+    stream = io.BytesIO()
+    np.savez(stream, key=np.array(key), first=row.first, targets=row.targets, costs=costs, numbers=numbers)
+    write_atomic(path, stream.getvalue())
+
+
+def read_row(path: Path, *, key: str) -> PackRow | None:
+    """The row that was saved there with this ``key``; None where there is none, another one, or a damaged one."""
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            if str(file["key"]) != key:
+                return None
+            most_documents, has_costs = file["numbers"].tolist()
+            costs = file["costs"] if has_costs else None
+            return PackRow(file["first"], file["targets"], costs, most_documents)
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None

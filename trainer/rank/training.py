@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.console import ProgressReport, progress
 from trainer.data.batches import TrainingBatches
-from trainer.data.scheduling import schedule_options, training_schedule
+from trainer.data.scheduling import read_row, row_key, schedule_options, training_schedule
 from trainer.data.timing import WARM_UP, measured_ratio
 from trainer.data.tokenized import origins_path
 from trainer.distributed.strategy import Strategy
@@ -81,9 +81,12 @@ def training_batches(job: Job) -> TrainingBatches:
     """This rank's share of the training data."""
     arena = open_arena(job.prepared.train)
     options = schedule_options(job.plan, cost_ratio=job.prepared.cost_ratio)
+    recorded = read_row(job.folder.schedule_npz, key=row_key(job.prepared.train.arena_sha256, options))
+    if recorded is None:
+        job.say(f"no record of these packs in {job.folder.schedule_npz}: packing every epoch now")
     return TrainingBatches(
         arena,
-        training_schedule(arena.lengths, arena.targets, options),
+        training_schedule(arena.lengths, arena.targets, options, recorded),
         capacity=options.capacity,
         rank=job.ranks.rank,
         device=job.ranks.device,
