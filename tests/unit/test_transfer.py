@@ -16,9 +16,18 @@ from train_fixtures import make_arena, make_source, schedule_for, tiny_loss, tin
 from trainer.batch import Batch
 from trainer.data.batches import Load, TrainingBatches, held_out_batches
 from trainer.data.scheduling import ScheduleOptions, training_schedule
-from trainer.data.transfer import BatchShape, DeviceBatches, HostBatches, collate_fixed, make_batch, rounded_length
+from trainer.data.transfer import (
+    BatchShape,
+    DeviceBatches,
+    HostBatches,
+    check_maker,
+    collate_fixed,
+    make_batch,
+    rounded_length,
+    unlike,
+)
 from trainer.distributed.ranks import start_ranks
-from trainer.errors import RunError, StoppedInGoodOrder
+from trainer.errors import RunError, StoppedInGoodOrder, TrainingFault
 from trainer.train.guard import Judge, NonFinite, StopFlag
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.state import TrainState
@@ -240,6 +249,40 @@ def fixed_batch(arena: TokenArena, documents: Any, shape: BatchShape) -> Batch:
         num_tokens=compact.num_tokens,
         num_targets=compact.num_targets,
     )
+
+
+def test_a_batch_is_compared_with_the_one_of_the_cpu_before_training(arena: TokenArena) -> None:
+    batches(arena).check()
+    shape = BatchShape(positions=96, documents=6)
+    documents = np.arange(3, dtype=np.int32)
+    wanted = make_batch(arena, documents, pad_token_id=5)
+    assert unlike(fixed_batch(arena, documents, shape), wanted) == []
+    damages = {
+        "input_ids": {"input_ids": 2},
+        "labels": {"labels": wanted.num_tokens - 2},
+        "labels of padding": {"labels": 95},
+        "position_ids": {"position_ids": 0},
+        "cu_seqlens": {"cu_seqlens": 1},
+        "end of cu_seqlens": {"cu_seqlens": 6},
+    }
+    for name, damage in damages.items():
+        made = fixed_batch(arena, documents, shape)
+        for tensor, place in damage.items():
+            getattr(made, tensor).view(-1)[place] += 1
+        assert unlike(made, wanted) == [name]
+
+
+def test_a_wrong_batch_ends_the_run(arena: TokenArena) -> None:
+    class Wrong(HostBatches):
+        def fresh(self, documents: Any) -> Batch:
+            made = super().fresh(documents)
+            made.position_ids[0, 1] += 1
+            return made
+
+    shape = BatchShape(positions=96, documents=6)
+    with pytest.raises(TrainingFault, match="a batch made on the device is not the one that the CPU makes") as caught:
+        check_maker(Wrong(arena, shape=shape, pad_token_id=5), arena, shape=shape, pad_token_id=5)
+    assert "different position_ids" in str(caught.value)
 
 
 def test_a_gpu_without_triton_is_refused(arena: TokenArena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trainer.batch import Batch
-from trainer.data.transfer import BatchShape, Documents, batch_maker
+from trainer.data.transfer import BatchShape, Documents, batch_maker, check_maker
 from trainer_kernels import Ahead, Schedule, TokenArena, pack
 
 NAMED_DOCUMENTS = 8
@@ -58,9 +58,14 @@ class TrainingBatches:
         self._arena = arena
         self._schedule = plan
         self._rank = rank
-        shape = BatchShape(positions=capacity, documents=plan.row.most_documents)
-        self._maker = batch_maker(arena, device=device, shape=shape, pad_token_id=pad_token_id)
+        self._shape = BatchShape(positions=capacity, documents=plan.row.most_documents)
+        self._pad_token_id = pad_token_id
+        self._maker = batch_maker(arena, device=device, shape=self._shape, pad_token_id=pad_token_id)
         self._origin_of = origin_of
+
+    def check(self) -> None:
+        """Compare one batch on the device with the CPU's, see ``check_maker``; once, before the first step."""
+        check_maker(self._maker, self._arena, shape=self._shape, pad_token_id=self._pad_token_id)
 
     def steps(self, start: int) -> Iterator[PlannedStep]:
         """The steps from index ``start`` on; reaching one takes no time."""

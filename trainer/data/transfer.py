@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.batch import Batch
-from trainer.errors import RunError
-from trainer_kernels import Buffers, CompactBatch, PackedBatch, TokenArena, collate
+from trainer.errors import RunError, TrainingFault
+from trainer_kernels import IGNORE, Buffers, CompactBatch, PackedBatch, TokenArena, collate
 
 Documents = NDArray[np.int32]
 Room = TypeVar("Room")
@@ -105,6 +105,49 @@ class HostBatches:
 def make_batch(arena: TokenArena, documents: Documents, *, pad_token_id: int) -> Batch:
     """The batch of ``documents`` on the CPU, as many as there are, in memory of its own."""
     return _as_tensors(collate(arena, documents, layout="int64", pad_id=pad_token_id))
+
+
+def check_maker(maker: BatchMaker[Any, Any], arena: TokenArena, *, shape: BatchShape, pad_token_id: int) -> None:
+    """Compare the batch of the first documents, as ``maker`` makes it, with the one collated on the CPU, bit by bit.
+
+    Costs one batch and one wait for the device, once in a run: a driver or compiler that gets the kernel wrong must not
+    train anything.
+
+    Raises:
+        TrainingFault: they differ.
+    """
+    fitting = np.flatnonzero(np.cumsum(arena.lengths[: shape.documents], dtype=np.int64) <= shape.positions)
+    documents = fitting.astype(np.int32)
+    made, wanted = maker.fresh(documents), make_batch(arena, documents, pad_token_id=pad_token_id)
+    wrong = unlike(made, wanted)
+    if wrong:
+        raise TrainingFault(
+            "a batch made on the device is not the one that the CPU makes",
+            where=f"{made.input_ids.device}, the first {len(documents)} documents",
+            got=f"different {', '.join(wrong)}",
+            allowed="equal to the bit",
+            do="check driver, torch and triton of this machine; launch.device=cpu trains without the kernel",
+        )
+
+
+def unlike(made: Batch, wanted: Batch) -> list[str]:
+    """What differs in ``made`` from ``wanted``, a batch without padding of the same documents."""
+    size = wanted.num_tokens
+    found = [
+        name
+        for name in ("input_ids", "labels", "position_ids")
+        if not torch.equal(getattr(made, name)[0, :size].cpu(), getattr(wanted, name)[0, :size])
+    ]
+    if bool((made.labels[0, size:] != IGNORE).any()):
+        found.append("labels of padding")
+    segments = len(wanted.boundaries)
+    if made.cu_seqlens[:segments].tolist() != list(wanted.boundaries) or made.max_seqlen < wanted.max_seqlen:
+        found.append("cu_seqlens")
+    if bool((made.cu_seqlens[segments:] != made.input_ids.shape[1]).any()):
+        found.append("end of cu_seqlens")
+    if (made.num_tokens, made.num_targets) != (wanted.num_tokens, wanted.num_targets):
+        found.append("counts")
+    return found
 
 
 def _as_tensors(packed: PackedBatch) -> Batch:

@@ -37,6 +37,7 @@ VALIDATIONS = 10
 def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
     """Train from the newest good checkpoint to the end; returns the marker's summary."""
     source = training_batches(job)
+    source.check()
     settings = loop_settings(job, source.num_steps)
     found = find_agreed(job.ranks, job.folder.checkpoints, lambda: newest_checkpoint(job))
     state = TrainState() if found is None else load(strategy, found)
