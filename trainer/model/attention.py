@@ -124,12 +124,12 @@ def _per_document(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """[1, H, T, D] -> [1, T, H, D], one SDPA call for each segment between the int32 ``boundaries``.
+    """[1, H, T, D] -> [1, T, H, D], one SDPA call for each segment between the int32 ``boundaries``, but empty ones.
 
     ``split`` and not slices: the gradient of a split is one concatenation, that of n slices n full-size tensors.
     """
     grouped = query.shape[1] != key.shape[1]
-    lengths = cast(list[int], boundaries.diff().tolist())
+    lengths = [length for length in cast(list[int], boundaries.diff().tolist()) if length]
     outputs: list[torch.Tensor] = []
     documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     for length, (q, k, v) in zip(lengths, documents, strict=True):
