@@ -7,7 +7,8 @@ lengths (median 350, up to 4096). Both sides see the same documents and run in t
 is what a run does: `TrainingBatches`, `PackedLoss`, the strategy and `train_step`. TRL gets packing (bfd), its Liger
 losses and layers, a fused optimizer, and our document boundaries for the same `varlen_attn`, which it cannot use alone.
 Real tokens only are counted; the first steps are left out. Sides: `ours`, `ours-eager` (nothing compiled),
-`ours-profile` (prints where the time goes), `trl` (weights and AdamW's moments in bfloat16, which loses small updates), `trl-float32` (as ours, and as its own default).
+`ours-profile` (prints where the time goes), `trl` (weights and AdamW's moments in bfloat16, which loses small updates),
+`trl-float32` (as ours, and as its own default).
 """
 
 import argparse

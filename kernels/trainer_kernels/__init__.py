@@ -10,7 +10,7 @@ from trainer_kernels.ahead import Ahead
 from trainer_kernels.arena import ARENA_FORMAT, TokenArena
 from trainer_kernels.collate import IGNORE, Buffers, CompactBatch, PackedBatch, collate
 from trainer_kernels.errors import ArenaError, PackingError
-from trainer_kernels.packing import PLAN_FORMAT, CostModel, PackPlan, pack
+from trainer_kernels.packing import PLAN_FORMAT, CostModel, Packer, PackPlan, joined, pack
 from trainer_kernels.schedule import PackRow, Schedule, schedule, schedule_of
 from trainer_kernels.writer import ArenaWriter
 
@@ -27,10 +27,12 @@ __all__ = [
     "PackPlan",
     "PackRow",
     "PackedBatch",
+    "Packer",
     "PackingError",
     "Schedule",
     "TokenArena",
     "collate",
+    "joined",
     "pack",
     "schedule",
     "schedule_of",

@@ -1,4 +1,4 @@
-"""Which documents share a pack: ``pack`` decides it for a whole epoch before the first step.
+"""Which documents share a pack: ``pack`` decides it for a whole epoch, a ``Packer`` block by block.
 
 Documents are never cut here and never see each other, so a plan is only about two things: how full the packs are, and
 whether an optimizer step remains a random sample of the documents. "Decreasing" packers put documents of like
@@ -10,6 +10,7 @@ The plan depends on lengths, capacity, algorithm, options, seed and epoch alone,
 same plan without talking, on any machine, at any world size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, get_args
@@ -76,7 +77,8 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackPlan:
-    """One epoch's packs. ``items`` int32[n]: every document id once; ``offsets`` int64[m + 1]: where packs begin.
+    """The packs of an epoch or a block of one. ``items`` int32[n]: every document id of it once; ``offsets``
+    int64[m + 1]: where packs begin.
 
     ``fill`` is the share of the capacity in use, over all packs: of tokens, or of cost where a cost model was given.
     The arrays are read-only.
@@ -121,55 +123,108 @@ def pack(
 
     Raises ``PackingError`` for no documents, lengths below 1 or above the capacity, and options out of range.
     """
-    capacity = whole("capacity", capacity, 1, MAX_CAPACITY)
-    seed = whole("seed", seed, 0, (1 << 64) - 1)
-    epoch = whole("epoch", epoch, 0, (1 << 32) - 1)
-    most = MAX_DOCUMENTS if max_docs is None else whole("max_docs", max_docs, 1, MAX_DOCUMENTS)
-    if algorithm not in get_args(Algorithm):
-        raise PackingError(
-            "unknown packing algorithm",
-            got=repr(algorithm),
-            allowed=", ".join(get_args(Algorithm)),
-            do="choose rfc, unless you compare",
-        )
-    if pool is not None and algorithm != "rfc":
-        raise PackingError(
-            f"a pool has no meaning for {algorithm}",
-            got=f"pool={pool}",
-            allowed="no pool",
-            do="leave the pool out, or choose rfc",
-        )
-    weights = _weights(lengths, capacity, cost)
-    total = int(weights.sum(dtype=np.int64))
-    if algorithm == "rfc":
-        ahead = _default_pool(capacity, len(weights), total) if pool is None else whole("pool", pool, 1, MAX_DOCUMENTS)
-        items, offsets = plan_rfc(weights, capacity, seed=seed, epoch=epoch, pool=ahead, max_docs=most)
-    else:
-        items, offsets = plan_decreasing(weights, capacity, algorithm, seed=seed, epoch=epoch, max_docs=most)
+    packer = Packer(lengths, capacity, algorithm=algorithm, seed=seed, pool=pool, cost=cost, max_docs=max_docs)
+    return packer.epoch(epoch)
+
+
+class Packer:
+    """``pack`` with the documents checked and weighed once, and an epoch in ``blocks``.
+
+    ``rfc`` has one per million documents, packed on its own, so getting anywhere in an epoch costs one block; ``ffd``
+    and ``bfd`` have one. Arguments and errors are those of ``pack``.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        capacity: int,
+        *,
+        algorithm: Algorithm = "rfc",
+        seed: int = 0,
+        pool: int | None = None,
+        cost: CostModel | None = None,
+        max_docs: int | None = None,
+        block_documents: int = BLOCK_DOCUMENTS,
+    ) -> None:
+        self._capacity = whole("capacity", capacity, 1, MAX_CAPACITY)
+        self._seed = whole("seed", seed, 0, (1 << 64) - 1)
+        self._most = MAX_DOCUMENTS if max_docs is None else whole("max_docs", max_docs, 1, MAX_DOCUMENTS)
+        if algorithm not in get_args(Algorithm):
+            raise PackingError(
+                "unknown packing algorithm",
+                got=repr(algorithm),
+                allowed=", ".join(get_args(Algorithm)),
+                do="choose rfc, unless you compare",
+            )
+        if pool is not None and algorithm != "rfc":
+            raise PackingError(
+                f"a pool has no meaning for {algorithm}",
+                got=f"pool={pool}",
+                allowed="no pool",
+                do="leave the pool out, or choose rfc",
+            )
+        self._algorithm: Algorithm = algorithm
+        self._weights = _weights(lengths, self._capacity, cost)
+        self._total = int(self._weights.sum(dtype=np.int64))
+        usual = _default_pool(self._capacity, len(self._weights), self._total)
+        self._pool = usual if pool is None else whole("pool", pool, 1, MAX_DOCUMENTS)
+        self._block_documents = block_documents
+        self.blocks: int = -(-len(self._weights) // block_documents) if algorithm == "rfc" else 1
+
+    def epoch(self, epoch: int) -> PackPlan:
+        """All packs of an epoch."""
+        if self.blocks == 1:
+            return self.block(epoch, 0)
+        items = np.empty(len(self._weights), np.int32)
+        ends = [np.zeros(1, np.int64)]
+        for number in range(self.blocks):
+            first, stop = self._stretch(number)
+            ends.append(first + self._fill(epoch, first, items[first:stop]))
+        return self._plan(items, np.concatenate(ends), self._total)
+
+    def block(self, epoch: int, number: int) -> PackPlan:
+        """The packs of block ``number`` of ``blocks``: the epoch's next documents after those of the blocks before."""
+        whole("epoch", epoch, 0, (1 << 32) - 1)
+        whole("the number of a block", number, 0, self.blocks - 1)
+        weights = self._weights
+        if self._algorithm != "rfc":
+            seed, most = self._seed, self._most
+            items, offsets = plan_decreasing(
+                weights, self._capacity, self._algorithm, seed=seed, epoch=epoch, max_docs=most
+            )
+            return self._plan(items, offsets, self._total)
+        first, stop = self._stretch(number)
+        items = np.empty(stop - first, np.int32)
+        offsets = np.concatenate([np.zeros(1, np.int64), self._fill(epoch, first, items)])
+        return self._plan(items, offsets, self._total if self.blocks == 1 else int(weights[items].sum(dtype=np.int64)))
+
+    def _stretch(self, number: int) -> tuple[int, int]:
+        first = number * self._block_documents
+        return first, min(first + self._block_documents, len(self._weights))
+
+    def _fill(self, epoch: int, first: int, items: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Random-fill-close of the documents from place ``first`` of the order on; returns where packs end."""
+        order = permuted(len(self._weights), self._seed, epoch, DOCUMENTS, first, first + len(items))
+        return planners.random_fill_close(self._weights, order, self._capacity, self._pool, self._most, items)
+
+    def _plan(self, items: NDArray[np.int32], offsets: NDArray[np.int64], used: int) -> PackPlan:
+        return _read_only(items, offsets, used / ((len(offsets) - 1) * self._capacity))
+
+
+def joined(plans: Sequence[PackPlan]) -> PackPlan:
+    """The packs of ``plans``, one after the other, as one plan."""
+    if len(plans) == 1:
+        return plans[0]
+    sizes = np.concatenate([np.diff(plan.offsets) for plan in plans])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    fill = sum(plan.fill * len(plan) for plan in plans) / len(sizes)
+    return _read_only(np.concatenate([plan.items for plan in plans]), offsets, fill)
+
+
+def _read_only(items: NDArray[np.int32], offsets: NDArray[np.int64], fill: float) -> PackPlan:
     items.flags.writeable = False
     offsets.flags.writeable = False
-    return PackPlan(items, offsets, total / ((len(offsets) - 1) * capacity))
-
-
-def plan_rfc(
-    weights: NDArray[np.int32],
-    capacity: int,
-    *,
-    seed: int,
-    epoch: int,
-    pool: int,
-    max_docs: int,
-    block: int = BLOCK_DOCUMENTS,
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """``(items, offsets)`` of random-fill-close over checked ``weights``, each ``block`` of the order on its own."""
-    count = len(weights)
-    items = np.empty(count, np.int32)
-    parts: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
-    for first in range(0, count, block):
-        stop = min(first + block, count)
-        order = permuted(count, seed, epoch, DOCUMENTS, first, stop)
-        parts.append(first + planners.random_fill_close(weights, order, capacity, pool, max_docs, items[first:stop]))
-    return items, np.concatenate(parts)
+    return PackPlan(items, offsets, fill)
 
 
 def plan_decreasing(

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from trainer_kernels.checks import whole, whole_numbers
 from trainer_kernels.compiled import compiled
 from trainer_kernels.errors import PackingError
-from trainer_kernels.packing import PackPlan
+from trainer_kernels.packing import PackPlan, joined
 
 Sync = Literal["micro", "step"]
 Position = tuple[int, int]
-"""``(epoch, pack)``."""
+"""``(part, pack)``: part ``epoch * blocks + block`` of the run, and a pack of its plan."""
 
 MOST = 1 << 40
 """Largest number of ranks, micro-batches or steps; only there to refuse nonsense."""
@@ -34,25 +34,26 @@ _NO_DOCUMENTS.flags.writeable = False
 
 
 class _Latest:
-    """``packs``, with the two latest plans kept. Threads that ask for the same plan wait for one that makes it.
+    """``packs``, with the ``most`` latest plans kept. Threads that ask for the same plan wait for one that makes it.
 
     Nobody waits for a plan that is there, while another thread already makes the next one.
     """
 
-    def __init__(self, packs: Callable[[int], PackPlan]) -> None:
+    def __init__(self, packs: Callable[[int], PackPlan], most: int) -> None:
         self._packs = packs
+        self._most = most
         self._kept: dict[int, PackPlan] = {}
         self._making = threading.Lock()
 
-    def __call__(self, epoch: int) -> PackPlan:
-        plan = self._kept.get(epoch)
+    def __call__(self, part: int) -> PackPlan:
+        plan = self._kept.get(part)
         if plan is not None:
             return plan
         with self._making:
-            plan = self._kept.get(epoch)
+            plan = self._kept.get(part)
             if plan is None:
-                plan = self._packs(epoch)
-                self._kept = dict([*self._kept.items(), (epoch, plan)][-2:])
+                plan = self._packs(part)
+                self._kept = dict([*self._kept.items(), (part, plan)][-self._most :])
             return plan
 
 
@@ -60,15 +61,26 @@ class _Latest:
 class PackRow:
     """The row of all packs of a run without their documents: enough to know every step, before anything is packed.
 
-    ``first`` int64[epochs + 1]: the place in the row at which each epoch begins, and the end of the last one.
+    ``first`` int64[epochs * blocks + 1]: the place in the row at which each part begins, and the end of the last one.
     ``targets`` int64[num_packs]: targets of each pack. ``costs`` int64[num_packs], or None: see ``schedule``.
-    ``most_documents``: of any pack. A row does not depend on how many ranks there are; it can be kept for later starts.
+    ``most_documents``: of any pack. ``blocks``: parts of an epoch. A row does not depend on how many ranks there are;
+    it can be kept for later starts.
     """
 
     first: NDArray[np.int64]
     targets: NDArray[np.int64]
     costs: NDArray[np.int64] | None
     most_documents: int
+    blocks: int = 1
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the documents, the last one begun counted whole."""
+        return (len(self.first) - 1) // self.blocks
+
+    def size(self, epoch: int) -> int:
+        """Packs of a whole epoch."""
+        return int(self.first[(epoch + 1) * self.blocks] - self.first[epoch * self.blocks])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +117,8 @@ class Schedule:
     def epoch_of(self, step: int) -> float:
         """Passes over the data that are done when ``step`` is done."""
         _, stop = self._stretch(step)
-        epoch, pack = self._position(stop - 1)
-        return epoch + (pack + 1) / int(self.row.first[epoch + 1] - self.row.first[epoch])
+        epoch = self._position(stop - 1)[0] // self.row.blocks
+        return epoch + (stop - int(self.row.first[epoch * self.row.blocks])) / self.row.size(epoch)
 
     def positions(self, step: int) -> list[Position | None]:
         """The packs of ``step``; rank r trains on entries r, r + world_size, ... in this order. None: an empty pack."""
@@ -120,9 +132,10 @@ class Schedule:
         return [places[entry] for entry in spread]
 
     def plan(self, epoch: int) -> PackPlan:
-        """The packs of a pass over the documents; the two latest are kept, so asking again costs nothing."""
-        whole("epoch", epoch, 0, len(self.row.first) - 2)
-        return self._packs(epoch)
+        """The packs of a pass over the documents; the latest are kept, so asking again costs next to nothing."""
+        whole("epoch", epoch, 0, self.row.epochs - 1)
+        blocks = self.row.blocks
+        return joined([self._packs(part) for part in range(epoch * blocks, (epoch + 1) * blocks)])
 
     def documents(self, step: int) -> list[NDArray[np.int32]]:
         """Document ids of the packs of ``step`` in the order of ``positions``, empty for an empty pack."""
@@ -141,15 +154,15 @@ class Schedule:
     def _documents(self, position: Position | None) -> NDArray[np.int32]:
         if position is None:
             return _NO_DOCUMENTS
-        epoch, pack = position
-        plan = self._packs(epoch)
-        expected = int(self.row.first[epoch + 1] - self.row.first[epoch])
+        part, pack = position
+        plan = self._packs(part)
+        expected = int(self.row.first[part + 1] - self.row.first[part])
         if len(plan) != expected:
             raise PackingError(
-                f"epoch {epoch} was packed in another way than before",
+                f"epoch {part // self.row.blocks} was packed in another way than before",
                 got=f"{len(plan)} packs",
                 allowed=f"{expected} packs, as when the schedule was made",
-                do="let packs(epoch) depend on nothing but the epoch",
+                do="let packs(part) depend on nothing but the number of the part",
             )
         return plan.pack(pack)
 
@@ -159,8 +172,8 @@ class Schedule:
         return first, min(first + self.packs_per_step, self.num_packs)
 
     def _position(self, place: int) -> Position:
-        epoch = int(np.searchsorted(self.row.first, place, side="right")) - 1
-        return epoch, place - int(self.row.first[epoch])
+        part = int(np.searchsorted(self.row.first, place, side="right")) - 1
+        return part, place - int(self.row.first[part])
 
 
 def schedule(
@@ -173,12 +186,14 @@ def schedule(
     sync: Sync = "micro",
     max_steps: int | None = None,
     costs: NDArray[np.integer] | None = None,
+    blocks: int = 1,
 ) -> Schedule:
-    """Lay out a run of ``epochs`` passes (fractions are allowed) over plans ``packs(epoch)``.
+    """Lay out a run of ``epochs`` passes (fractions are allowed) over plans ``packs(part)``.
 
-    ``packs`` depends on the epoch alone; it is called once per epoch now and again while stepping (the two latest plans
-    are kept). ``targets`` int[n]: targets of each document. The run ends after the given share of the last epoch's
-    packs, rounded up, or after ``max_steps`` optimizer steps, whichever comes first.
+    An epoch has ``blocks`` parts (``Packer.blocks``); part p is block ``p % blocks`` of epoch ``p // blocks``, so with
+    one block, parts are epochs. ``packs`` depends on that number alone; it is called once per part now and again while
+    stepping (the latest plans are kept). ``targets`` int[n]: targets of each document. The run ends after the given
+    share of the last epoch's packs, rounded up, or after ``max_steps`` optimizer steps, whichever comes first.
 
     ``costs`` int[n], the cost of each document (``CostModel.weight``), changes only who does which pack of a step: with
     ``sync="micro"`` (ranks wait for each other in every micro-batch, as in FSDP) packs of like cost run together;
@@ -196,8 +211,9 @@ def schedule(
     targets = whole_numbers("targets", targets, 0)
     if costs is not None:
         costs = whole_numbers("costs", costs, 0)
-    kept = _Latest(packs)
-    row = _lay_out(kept, targets, costs, epochs, limit)
+    whole("blocks", blocks, 1, MOST)
+    kept = _Latest(packs, _plans_kept(blocks))
+    row = _lay_out(kept, targets, costs, epochs, limit, blocks)
     return schedule_of(kept, row, world_size=world_size, accumulation=accumulation, sync=sync)
 
 
@@ -206,7 +222,7 @@ def schedule_of(
 ) -> Schedule:
     """The schedule that ``row`` belongs to, or that of the same packs at another world size.
 
-    ``packs`` is not called before documents are asked for, and then only for their epoch. Otherwise as ``schedule``.
+    ``packs`` is not called before documents are asked for, and then only for their part. Otherwise as ``schedule``.
 
     Raises ``PackingError`` for options out of range, fewer packs than one step takes, or a step without targets.
     """
@@ -220,7 +236,7 @@ def schedule_of(
     if count < per_step:
         raise PackingError(
             "the whole run has fewer packs than one optimizer step takes",
-            got=f"{count} packs in {len(row.first) - 1} epochs",
+            got=f"{count} packs in {row.epochs} epochs",
             allowed=f"at least {per_step} (world_size {world_size} x accumulation {accumulation})",
             do="take fewer packs per step, a smaller capacity, or more epochs",
         )
@@ -233,9 +249,14 @@ def schedule_of(
         accumulation=accumulation,
         sync=sync,
         row=row,
-        _packs=packs if isinstance(packs, _Latest) else _Latest(packs),
+        _packs=packs if isinstance(packs, _Latest) else _Latest(packs, _plans_kept(row.blocks)),
         _targets=prefix,
     )
+
+
+def _plans_kept(blocks: int) -> int:
+    """The part in use and one more, and a whole epoch for whoever looks at one."""
+    return max(2, blocks)
 
 
 def _lay_out(
@@ -244,8 +265,9 @@ def _lay_out(
     costs: NDArray[np.integer] | None,
     epochs: float,
     limit: int | None,
+    blocks: int,
 ) -> PackRow:
-    """The row of packs, at most ``limit`` of them: packs every epoch once."""
+    """The row of packs, at most ``limit`` of them: packs every part once."""
     wanted = Fraction(epochs).limit_denominator(1_000_000)  # 0.1 means a tenth, not its nearest double
     if wanted == 0:
         wanted = Fraction(1, 1_000_000)
@@ -254,14 +276,24 @@ def _lay_out(
     target_parts: list[NDArray[np.int64]] = []
     cost_parts: list[NDArray[np.int64]] = []
     for epoch in range(ceil(wanted)):
-        plan = packs(epoch)
-        share = ceil(min(Fraction(1), wanted - epoch) * len(plan))
+        of_epoch: list[NDArray[np.int64]] = []
+        costs_of_epoch: list[NDArray[np.int64]] = []
+        seen = 0
+        for part in range(epoch * blocks, (epoch + 1) * blocks):
+            plan = packs(part)
+            seen += len(plan.items)
+            of_epoch.append(_per_pack(plan, targets, "targets"))
+            if costs is not None:
+                costs_of_epoch.append(_per_pack(plan, costs, "costs"))
+            first.append(first[-1] + len(plan))
+            most_documents = max(most_documents, plan.most_documents)
+        _same_documents(seen, targets, "targets")
+        _same_documents(seen, costs, "costs")
+        share = ceil(min(Fraction(1), wanted - epoch) * sum(map(len, of_epoch)))
         take = share if limit is None else min(share, limit - used)
-        target_parts.append(_per_pack(plan, targets, "targets")[:take])
+        target_parts.append(np.concatenate(of_epoch)[:take])
         if costs is not None:
-            cost_parts.append(_per_pack(plan, costs, "costs")[:take])
-        first.append(first[-1] + len(plan))
-        most_documents = max(most_documents, plan.most_documents)
+            cost_parts.append(np.concatenate(costs_of_epoch)[:take])
         used += take
         if used == limit:
             break
@@ -270,18 +302,24 @@ def _lay_out(
         targets=np.concatenate(target_parts),
         costs=np.concatenate(cost_parts) if cost_parts else None,
         most_documents=most_documents,
+        blocks=blocks,
     )
+
+
+def _same_documents(seen: int, values: NDArray[np.integer] | None, name: str) -> None:
+    if values is not None and seen != len(values):
+        raise PackingError(
+            f"the plan and the {name} are of different documents",
+            got=f"{seen} documents in the plan, {len(values)} {name}",
+            allowed="one number per document of the plan",
+            do="take lengths, targets and costs from the same arena",
+        )
 
 
 def _per_pack(plan: PackPlan, values: NDArray[np.integer], name: str) -> NDArray[np.int64]:
     """Sums of a per-document array over each pack, int64[len(plan)]."""
-    if len(plan.items) != len(values):
-        raise PackingError(
-            f"the plan and the {name} are of different documents",
-            got=f"{len(plan.items)} documents in the plan, {len(values)} {name}",
-            allowed="one number per document of the plan",
-            do="take lengths, targets and costs from the same arena",
-        )
+    if int(plan.items.max()) >= len(values):  # compiled code reads what the plan names without looking
+        _same_documents(int(plan.items.max()) + 1, values, name)
     sums = np.empty(len(plan), np.int64)
     _sum_packs(values if values.dtype == np.int32 else values.astype(np.int64), plan.items, plan.offsets, sums)
     return sums

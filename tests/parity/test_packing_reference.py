@@ -1,5 +1,6 @@
 """The compiled packers give what ``reference.py`` says, document for document."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -38,14 +39,8 @@ def test_packs_equal_the_reference(algorithm: Algorithm, case: Case, max_docs: i
 def test_a_small_pool_and_small_blocks_equal_the_reference(
     case: Case, pool: int, block: int, max_docs: int | None
 ) -> None:
-    items, offsets = packing.plan_rfc(
-        case.lengths,
-        case.capacity,
-        seed=case.seed,
-        epoch=case.epoch,
-        pool=pool,
-        max_docs=max_docs or packing.MAX_DOCUMENTS,
-        block=block,
+    packer = packing.Packer(
+        case.lengths, case.capacity, seed=case.seed, pool=pool, max_docs=max_docs, block_documents=block
     )
     expected = reference.pack(
         case.lengths.tolist(),
@@ -56,7 +51,12 @@ def test_a_small_pool_and_small_blocks_equal_the_reference(
         max_docs=max_docs,
         block=block,
     )
-    assert as_lists(packing.PackPlan(items, offsets, 0.0)) == expected
+    whole = packer.epoch(case.epoch)
+    blocks = packing.joined([packer.block(case.epoch, number) for number in range(packer.blocks)])
+    assert packer.blocks == -(-len(case.lengths) // block)
+    assert as_lists(whole) == as_lists(blocks) == expected
+    assert math.isclose(whole.fill, blocks.fill)
+    assert math.isclose(whole.fill, case.lengths.sum() / (len(whole) * case.capacity))
 
 
 @pytest.mark.parametrize("algorithm", ["ffd", "bfd"])

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from kernel_fixtures import chat_lengths, random_arena
 from numpy.typing import NDArray
 
-from trainer_kernels import CostModel, PackingError, PackPlan, Schedule, collate, pack, reference, schedule
+from trainer_kernels import (
+    CostModel,
+    Packer,
+    PackingError,
+    PackPlan,
+    Schedule,
+    collate,
+    pack,
+    reference,
+    schedule,
+    schedule_of,
+)
 
 LENGTHS = chat_lengths(400, 1000)
 TARGETS = np.random.default_rng(1).integers(1, LENGTHS + 1).astype(np.int32)
@@ -284,3 +295,44 @@ def test_threads_that_want_the_same_plan_make_it_once_and_nobody_waits_for_one_t
         thread.join(60)
     assert found[0] is found[1]
     assert made == [0, 1, 2, 3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("epochs", [2.4, 1.0])
+def test_blocks_of_an_epoch_are_the_epoch_and_are_packed_one_by_one(epochs: float) -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 1000).astype(np.int32)
+    packer = Packer(lengths, 100, seed=3, block_documents=128)
+    assert packer.blocks == 8
+    made: list[int] = []
+
+    def parts(part: int) -> PackPlan:
+        made.append(part)
+        return packer.block(*divmod(part, packer.blocks))
+
+    options = {"epochs": epochs, "world_size": 2, "accumulation": 3}
+    whole = schedule(packer.epoch, lengths, **options)
+    blocks = schedule(parts, lengths, blocks=packer.blocks, **options)
+    assert (blocks.num_steps, blocks.num_packs) == (whole.num_steps, whole.num_packs)
+    for step in range(whole.num_steps):
+        assert blocks.num_targets(step) == whole.num_targets(step)
+        assert blocks.epoch_of(step) == whole.epoch_of(step)
+        assert [d.tolist() for d in blocks.documents(step)] == [d.tolist() for d in whole.documents(step)]
+    assert blocks.plan(0).items.tolist() == packer.epoch(0).items.tolist()
+    made.clear()
+    again = schedule_of(parts, blocks.row, world_size=2, accumulation=3)
+    step = again.num_steps // 2
+    next(again.batches(0, step))
+    assert made == sorted({at[0] for at in again.positions(step) if at is not None})
+    assert len(made) <= 2
+
+
+def test_a_block_of_other_documents_is_refused() -> None:
+    lengths = np.full(300, 10, np.int32)
+    packer = Packer(lengths, 20, block_documents=100)
+    for count in (299, 301, 90):
+        with pytest.raises(PackingError, match="the plan and the targets are of different documents"):
+            schedule(
+                lambda part: packer.block(0, part), lengths[:1].repeat(count), epochs=1, world_size=1, accumulation=1,
+                blocks=3,
+            )  # fmt: skip
+    with pytest.raises(PackingError, match="the number of a block"):
+        packer.block(0, 3)

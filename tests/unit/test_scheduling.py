@@ -11,7 +11,7 @@ from kernel_fixtures import chat_lengths
 from trainer.data import scheduling
 from trainer.data.scheduling import ScheduleOptions, read_row, row_key, save_row, training_schedule
 from trainer.errors import DataError
-from trainer_kernels import PackRow, Schedule
+from trainer_kernels import Packer, PackPlan, PackRow, Schedule
 
 LENGTHS = chat_lengths(400, 1000)
 TARGETS = np.random.default_rng(1).integers(1, LENGTHS + 1).astype(np.int32)
@@ -35,15 +35,15 @@ def everything(made: Schedule) -> list[tuple[int, float, list[list[int]]]]:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The epochs that were packed, in order."""
+    """The epochs that were packed, in order; each is one block here."""
     epochs: list[int] = []
-    real = scheduling.pack
 
-    def noted(*arguments: Any, epoch: int, **named: Any) -> Any:
-        epochs.append(epoch)
-        return real(*arguments, epoch=epoch, **named)
+    class Noted(Packer):
+        def block(self, epoch: int, number: int) -> PackPlan:
+            epochs.append(epoch)
+            return super().block(epoch, number)
 
-    monkeypatch.setattr(scheduling, "pack", noted)
+    monkeypatch.setattr(scheduling, "Packer", Noted)
     return epochs
 
 

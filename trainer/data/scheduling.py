@@ -3,9 +3,9 @@
 ``prepare`` describes the schedule that the ranks then follow, so both have to ask for the same one: the numbers are
 taken out of the plan in one place.
 
-How many steps there are, and by how many targets each is divided, is known only once every epoch has been packed: most
-of a second for ten million documents, each. ``prepare`` does that once and records it (``save_row``); a rank then packs
-just the epoch that it is in.
+How many steps there are, and by how many targets each is divided, is known only once every epoch has been packed: half
+a second for ten million documents, each. ``prepare`` does that once and records it (``save_row``); a rank then packs
+just the block of a million documents that it is in.
 """
 
 import io
@@ -27,18 +27,18 @@ from trainer.plan import RunPlan
 from trainer_kernels import (
     PLAN_FORMAT,
     CostModel,
+    Packer,
     PackingError,
     PackPlan,
     PackRow,
     Schedule,
-    pack,
     schedule,
     schedule_of,
 )
 from trainer_kernels.schedule import Sync
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
-ROW_FORMAT = 1
+ROW_FORMAT = 2
 """Raised whenever a recorded row would be read differently."""
 
 
@@ -98,29 +98,28 @@ def training_schedule(
     cost = CostModel(1.0, options.cost_ratio) if options.cost_ratio else None
     by_time = packs_by_time(lengths, options)
 
-    def packs(epoch: int) -> PackPlan:
-        return pack(
+    ranks = {"world_size": options.world_size, "accumulation": options.accumulation}
+    try:
+        packer = Packer(
             lengths,
             options.capacity,
             algorithm=options.algorithm,
             seed=options.seed,
-            epoch=epoch,
             max_docs=options.max_documents,
             cost=cost if by_time else None,
         )
-
-    ranks = {"world_size": options.world_size, "accumulation": options.accumulation}
-    try:
+        packs = parts_of(packer)
         if recorded is not None:
             return schedule_of(packs, recorded, **ranks, sync=options.sync)
         return schedule(
             packs,
             targets,
-            epochs=_most_epochs(options, packs),
+            epochs=_most_epochs(options, packer),
             max_steps=options.max_steps,
             **ranks,
             sync=options.sync,
             costs=cost.weight(lengths) if cost is not None and not by_time else None,
+            blocks=packer.blocks,
         )
     except PackingError as fault:
         raise DataError(
@@ -128,12 +127,17 @@ def training_schedule(
         ) from fault
 
 
-def _most_epochs(options: ScheduleOptions, packs: Callable[[int], PackPlan]) -> float:
+def parts_of(packer: Packer) -> Callable[[int], PackPlan]:
+    """The packs of part ``epoch * blocks + block``, as a schedule asks for them."""
+    return lambda part: packer.block(*divmod(part, packer.blocks))
+
+
+def _most_epochs(options: ScheduleOptions, packer: Packer) -> float:
     """As configured, or enough for ``max_steps``."""
     if options.max_steps is None:
         return options.epochs
     # One pass more than the first one's packs say: other passes may need a pack less for the same documents.
-    return ceil(options.max_steps * options.world_size * options.accumulation / len(packs(0))) + 1
+    return ceil(options.max_steps * options.world_size * options.accumulation / len(packer.epoch(0))) + 1
 
 
 def packs_by_time(lengths: NDArray[np.int32], options: ScheduleOptions) -> bool:
@@ -158,7 +162,7 @@ def row_key(arena_sha256: str, options: ScheduleOptions) -> str:
 def save_row(path: Path, row: PackRow, *, key: str) -> None:
     """Write ``row`` to a file of 8 bytes a pack, or 16."""
     costs = np.zeros(0, np.int64) if row.costs is None else row.costs
-    numbers = np.array([row.most_documents, row.costs is not None], np.int64)
+    numbers = np.array([row.most_documents, row.costs is not None, row.blocks], np.int64)
     stream = io.BytesIO()
     np.savez(stream, key=np.array(key), first=row.first, targets=row.targets, costs=costs, numbers=numbers)
     write_atomic(path, stream.getvalue())
@@ -170,8 +174,8 @@ def read_row(path: Path, *, key: str) -> PackRow | None:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             if str(file["key"]) != key:
                 return None
-            most_documents, has_costs = file["numbers"].tolist()
+            most_documents, has_costs, blocks = file["numbers"].tolist()
             costs = file["costs"] if has_costs else None
-            return PackRow(file["first"], file["targets"], costs, most_documents)
+            return PackRow(file["first"], file["targets"], costs, most_documents, blocks)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
