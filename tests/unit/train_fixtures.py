@@ -47,9 +47,11 @@ from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
 from trainer.train.state import TrainState
 from trainer_kernels import ArenaWriter, Schedule, TokenArena
+from trainer_launch.zero import Stage, ZeroSpec
 
 VOCABULARY = 67
 IDENTITY, BASE = "0123456789", "base"
+STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 Variant = Literal["plain", "tied", "frozen", "checkpointed"]
 """What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing."""
 
@@ -163,6 +165,9 @@ def tiny_strategy(
     reshard: bool = True,
     reduce_every: bool = False,
     gather: bool = True,
+    accumulation: int = 1,
+    keep_whole_below: int = 0,
+    offload: bool = False,
 ) -> tuple[Strategy, PackedLoss]:
     """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
     loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora)
@@ -173,11 +178,36 @@ def tiny_strategy(
         gather_for_generation=gather,
     )
     kind = kind or ("single" if ranks.world_size == 1 else "ddp")
-    strategy = make_strategy(kind, ranks, dtype=dtype, clip_norm=clip_norm, sharding=sharding)
+    strategy = make_strategy(
+        kind,
+        ranks,
+        dtype=dtype,
+        clip_norm=clip_norm,
+        sharding=sharding,
+        zero=zero_spec(kind, ranks, accumulation=accumulation, keep_whole_below=keep_whole_below, offload=offload),
+        gather_for_generation=gather,
+    )
     strategy.prepare(
         loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     )
     return strategy, loss
+
+
+def zero_spec(
+    kind: StrategyName, ranks: Ranks, *, accumulation: int, keep_whole_below: int, offload: bool
+) -> ZeroSpec | None:
+    """What DeepSpeed divides under ``kind``; None under the other strategies."""
+    if kind not in STAGES:
+        return None
+    stage = STAGES[kind]
+    return ZeroSpec(
+        stage=stage,
+        world_size=ranks.world_size,
+        accumulation=accumulation,
+        keep_whole_below=keep_whole_below if stage == 3 else 0,
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +224,8 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"
     reshard: bool = True
     reduce_every: bool = False
+    keep_whole_below: int = 0
+    offload: bool = False
     packs: int = 2
     epochs: float = 3.0
     max_steps: int | None = None
@@ -230,6 +262,9 @@ def train_run(
         dora=run.dora,
         reshard=run.reshard,
         reduce_every=run.reduce_every,
+        accumulation=run.packs // run.world_size,
+        keep_whole_below=run.keep_whole_below,
+        offload=run.offload,
     )
     found = find_agreed(
         ranks,
