@@ -50,6 +50,7 @@ from trainer_kernels import ArenaWriter, Schedule, TokenArena
 from trainer_launch.zero import Stage, ZeroSpec
 
 VOCABULARY = 67
+CAPACITY = 96
 IDENTITY, BASE = "0123456789", "base"
 STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 Variant = Literal["plain", "tied", "frozen", "checkpointed"]
@@ -85,6 +86,7 @@ def tiny_loss(
     compute_dtype: torch.dtype = torch.float32,
     variant: Variant = "plain",
     dora: bool = False,
+    chunk: int = 16,
 ) -> PackedLoss:
     """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype."""
     model: nn.Module = tiny_model(dropout, tied=variant == "tied")
@@ -96,7 +98,7 @@ def tiny_loss(
         model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)  # type: ignore[arg-type]
     if variant == "checkpointed":
         enable_activation_checkpointing(model)
-    return PackedLoss(model, chunk=16, compute_dtype=compute_dtype)
+    return PackedLoss(model, chunk=chunk, compute_dtype=compute_dtype)
 
 
 def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
@@ -130,7 +132,7 @@ def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: floa
     return training_schedule(
         arena.lengths,
         arena.targets,
-        capacity=96,
+        capacity=CAPACITY,
         algorithm="rfc",
         max_documents=None,
         seed=3,
@@ -170,7 +172,8 @@ def tiny_strategy(
     offload: bool = False,
 ) -> tuple[Strategy, PackedLoss]:
     """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
-    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora)
+    chunk = CAPACITY if kind == "zero3" else 16  # a rank that projects more often than another would wait for it forever
+    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora, chunk=chunk)
     sharding = Sharding(
         layers=decoder_layer_modules(inner_model(loss.model)),
         reshard_after_forward=reshard,
@@ -281,7 +284,7 @@ def train_run(
     def validate() -> Mapping[str, float]:
         held_out = TokenArena.open(folder / "validation")
         batches = held_out_batches(
-            held_out, capacity=96, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, pad_token_id=0
+            held_out, capacity=CAPACITY, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, pad_token_id=0
         )
         return {"loss": held_out_loss(strategy.inner, batches, ranks.sum_over_ranks).mean}
 

@@ -15,6 +15,7 @@ live; hence the range of versions in ``pyproject.toml``, and the checks after ``
 and not at a setting.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -310,6 +311,9 @@ def start_engine(module: nn.Module, optimizer: Optimizer, spec: ZeroSpec, *, dev
             allowed="the packages that the run was planned with",
             do="pip install -c constraints.txt -e '.[deepspeed]', or parallel=fsdp",
         ) from fault
+    # torch renamed two collectives in 2.13; DeepSpeed 0.19.8 calls both by their old names, at every use.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     # A kernel for all-reduces between CPU processes, which would be compiled at the first start, with g++, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(spec))
