@@ -229,7 +229,7 @@ class DividedWeights(Zero):
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Gathered one at a time; no rank ever holds two."""
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+        from deepspeed.runtime.zero import GatheredParameters  # type: ignore[import-not-found]
 
         for name, parameter in self._trainable.items():
             with GatheredParameters([parameter]):
@@ -271,11 +271,11 @@ def check_divided(
         TrainingFault: it is not; the message says what it is.
     """
     part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
-    share, whole = -(-elements // world_size), elements if elements <= spec.keep_whole_below else 0
-    got = "no part" if part is None else f"a part of {part.numel()} elements in {part.dtype}"
-    got, wanted = f"{got}, {parameter.numel()} whole", f"a part of {share} elements in {dtype}, {whole} whole"
-    if got != wanted:
-        raise divided_otherwise(name, got, wanted)
+    share, allowed = -(-elements // world_size), elements if elements <= spec.keep_whole_below else 0
+    here = "no part" if part is None else f"a part of {part.numel()} elements in {part.dtype}"
+    wanted = f"a part of {share} elements in {dtype}"
+    if here != wanted or parameter.numel() > allowed:
+        raise divided_otherwise(name, f"{here}, {parameter.numel()} whole", f"{wanted}, at most {allowed} whole")
 
 
 def divided_otherwise(where: str, got: str, allowed: str) -> TrainingFault:
