@@ -250,7 +250,7 @@ class ParallelConfig:
     """zero3: weights of at most so many elements (norms, small adapters) stay whole on every rank; 0 divides all: less
     memory, more and smaller messages."""
     offload_optimizer: bool = False
-    """zero1, zero2, zero3 on GPUs: float32 masters and optimizer state are in main memory, and the CPU takes the step."""
+    """zero1, zero2, zero3 on GPUs: float32 masters and optimizer state are in main memory, and CPUs take the step."""
     offload_parameters: bool = False
     """zero3 on GPUs: each rank's part of the weights is in main memory while it is not used."""
 

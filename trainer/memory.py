@@ -220,8 +220,9 @@ def estimate(
     Full: weights, gradients and AdamW's two moments are float32, 16 bytes per weight, and autocast keeps a 16-bit copy
     of the linears (ZeRO, arXiv 1910.02054, section 3.1, counts the same states). LoRA: the base is held in the compute
     dtype without gradients; adapters cost those 16 bytes. DDP adds flat gradient buckets as large as the gradients;
-    FSDP (``shards``) is counted in ``_sharded``, ZeRO in ``_divided``. ``frozen_parameters`` of full fine-tuning have neither gradients nor
-    moments. ``traversed_layers``: those that the gradient passes through, from the lowest adapter up; None: all.
+    FSDP (``shards``) is counted in ``_sharded``, ZeRO (``zero``, ``gather_for_generation``) in ``_divided``.
+    ``frozen_parameters`` of full fine-tuning have neither gradients nor moments. ``traversed_layers``: those that the
+    gradient passes through, from the lowest adapter up; None: all.
     """
     size = BYTES[dtype]
     if method == "full":

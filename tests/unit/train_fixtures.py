@@ -172,7 +172,9 @@ def tiny_strategy(
     offload: bool = False,
 ) -> tuple[Strategy, PackedLoss]:
     """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
-    chunk = CAPACITY if kind == "zero3" else 16  # a rank that projects more often than another would wait for it forever
+    chunk = (
+        CAPACITY if kind == "zero3" else 16
+    )  # a rank that projects more often than another would wait for it forever
     loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora, chunk=chunk)
     sharding = Sharding(
         layers=decoder_layer_modules(inner_model(loss.model)),
@@ -284,7 +286,12 @@ def train_run(
     def validate() -> Mapping[str, float]:
         held_out = TokenArena.open(folder / "validation")
         batches = held_out_batches(
-            held_out, capacity=CAPACITY, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, pad_token_id=0
+            held_out,
+            capacity=CAPACITY,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            pad_token_id=0,
         )
         return {"loss": held_out_loss(strategy.inner, batches, ranks.sum_over_ranks).mean}
 

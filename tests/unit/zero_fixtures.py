@@ -182,7 +182,7 @@ def another_division_is_noticed(kind: StrategyName, ranks: Ranks) -> None:
         check_divided(name, parameter, elements, torch.float32, world_size=2, spec=spec)
         with pytest.raises(TrainingFault, match="DeepSpeed did not divide the training as planned"):
             check_divided(name, parameter, elements, torch.float32, world_size=4, spec=spec)
-        with pytest.raises(TrainingFault, match="torch.bfloat16"):
+        with pytest.raises(TrainingFault, match=r"torch\.bfloat16"):
             check_divided(name, parameter, elements, torch.bfloat16, world_size=2, spec=spec)
         whole = nn.Linear(2, 2).weight
         with pytest.raises(TrainingFault, match="no part, 4 whole"):

@@ -149,7 +149,7 @@ class Zero:
             return [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # they are copied to main memory beside the computation
-        return [flat.grad for flat in self._partitions()]
+        return [flat.grad for flat in self._partitions() if flat.grad is not None]
 
     def _partitions(self) -> list[nn.Parameter]:
         """Flat float32 masters that this rank owns, one per group of parameters."""
@@ -263,7 +263,7 @@ class DividedWeights(Zero):
 
 
 def check_divided(
-    name: str, parameter: nn.Parameter, elements: int, dtype: torch.dtype, *, world_size: int, spec: ZeroSpec
+    name: str, parameter: torch.Tensor, elements: int, dtype: torch.dtype, *, world_size: int, spec: ZeroSpec
 ) -> None:
     """Check that ``parameter`` (whole: ``elements`` in ``dtype``) is divided among ``world_size`` ranks, or may not be.
 
