@@ -111,10 +111,11 @@ def ours(
     from trainer.data.scheduling import ScheduleOptions, training_schedule
     from trainer.distributed.ranks import start_ranks
     from trainer.distributed.strategy import make_strategy
+    from trainer.memory import loss_chunk
     from trainer.model.adapters import attach_lora
     from trainer.model.attention import IMPLEMENTATION, register
     from trainer.model.compiling import compile_layers
-    from trainer.model.loss import PackedLoss, chunk_for
+    from trainer.model.loss import PackedLoss
     from trainer.train.loop import train_step
     from trainer.train.metrics import StepTimer
     from trainer.train.optim import make_optimizer
@@ -128,7 +129,7 @@ def ours(
         model = attach_lora(model, rank=16, alpha=32)
     if compiled:
         compile_layers(model)
-    chunk = chunk_for(VOCABULARY, ranks.device)
+    chunk = loss_chunk("single", "cuda", capacity, VOCABULARY)
     loss = PackedLoss(model, chunk=chunk, compute_dtype=torch.bfloat16, compiled=compiled)
     strategy = make_strategy("single", ranks, dtype=torch.bfloat16, clip_norm=1.0)
     strategy.prepare(

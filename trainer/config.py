@@ -235,9 +235,10 @@ class PackingConfig:
 class ParallelConfig:
     """How the ranks share the work."""
 
-    name: Literal["auto", "ddp", "fsdp"] = "auto"
-    """``ddp``: a replica per rank; ``fsdp``: a shard per rank of weights, gradients and optimizer state; ``auto``: one
-    process alone, else ``ddp``."""
+    name: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """``ddp``: a replica per rank; ``fsdp``: a shard per rank of weights, gradients and optimizer state; ``zero1``,
+    ``zero2``, ``zero3``: DeepSpeed divides optimizer state, and gradients, and weights; ``auto``: one process alone,
+    else ``ddp``."""
     reshard_after_forward: bool = True
     """fsdp: give a layer's gathered weights back after its forward pass and gather them again in the backward pass;
     false keeps them: less traffic, more memory."""
@@ -245,8 +246,15 @@ class ParallelConfig:
     """fsdp: reduce gradients into shards after every micro-batch; false adds them up whole on every rank (float32, of
     all trained weights) and reduces once in an optimizer step: less traffic, more memory."""
     gather_for_generation: bool = True
-    """fsdp: hold the whole model on every rank while answers are generated; false gathers a layer at a time for every
-    token: any model fits, and it is slow."""
+    """fsdp, zero3: hold the whole model on every rank while answers are generated; false gathers a layer at a time for
+    every token: any model fits, and it is slow."""
+    keep_whole_below: Natural = 100_000
+    """zero3: weights of at most so many elements (norms, small adapters) stay whole on every rank; 0 divides all: less
+    memory, more and smaller messages."""
+    offload_optimizer: bool = False
+    """zero1, zero2, zero3 on GPUs: float32 masters and optimizer state are in main memory, and CPUs take the step."""
+    offload_parameters: bool = False
+    """zero3 on GPUs: each rank's part of the weights is in main memory while it is not used."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,6 +5,7 @@ never rounded away, so that the same config is the same training on any number o
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +18,11 @@ DEFAULT_BATCH_PACKS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What this machine has: visible GPUs and CPU cores."""
+    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed is installed."""
 
     gpus: int
     cores: int
+    deepspeed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
                 do="launch.processes=2, or parallel=auto",
             )
         )
+    if config.parallel.name.startswith("zero"):
+        problems.extend(_zero_problems(config, device, devices))
     packs = batch_packs(config)
     if packs % processes:
         problems.append(_remainder(config, packs, processes))
@@ -81,6 +85,29 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
         batch_packs=packs,
         accumulation=max(1, packs // processes),
     )
+
+
+def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Problem]:
+    """Yield what this machine lacks for DeepSpeed, and what there is nowhere to move to."""
+    parallel = config.parallel
+    if not devices.deepspeed:
+        yield Problem(
+            what="needs DeepSpeed, which is not installed",
+            where="parallel.name",
+            got=parallel.name,
+            allowed="auto, ddp, fsdp",
+            do="pip install -c constraints.txt -e '.[deepspeed]', or parallel=fsdp",
+        )
+    offloaded = {"offload_optimizer": parallel.offload_optimizer, "offload_parameters": parallel.offload_parameters}
+    for name, wanted in offloaded.items():
+        if device == "cpu" and wanted:
+            yield Problem(
+                what="has nowhere to go: on CPUs everything is in main memory already",
+                where=f"parallel.{name}",
+                got="true with launch.device=cpu",
+                allowed="false",
+                do="remove it, or compute on GPUs",
+            )
 
 
 def _strategy(config: Config, processes: int) -> StrategyName:

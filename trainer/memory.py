@@ -13,7 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-StrategyName = Literal["single", "ddp", "fsdp"]
+from trainer_launch.zero import BUCKET, ZeroSpec
+
+StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+LOSS_CHUNK = 1024
+LOGITS_AT_ONCE = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -92,9 +96,10 @@ class Shards:
 class MemoryEstimate:
     """Bytes on one rank at the peak of an optimizer step. ``logits`` are those of one chunk of the loss.
 
-    ``communication``: gradient buckets of DDP; what fsdp gathers and the buffers it gathers and reduces through.
-    ``loading``, ``generating``: all that a rank holds at another time, when the whole model is there before fsdp cuts
-    it, and when it is gathered to generate; 0: never more than in a step. ``trainable`` and ``total`` count weights.
+    ``communication``: gradient buckets of DDP and ZeRO; what fsdp and ZeRO-3 gather, and the buffers they gather and
+    reduce through. ``loading``, ``generating``: all that a rank holds at another time, when the whole model is there
+    before it is cut, and when it is gathered to generate; 0: never more than in a step. ``trainable`` and ``total``
+    count weights.
     """
 
     parameters: int
@@ -203,19 +208,22 @@ def estimate(
     capacity: int,
     strategy: StrategyName,
     shards: Shards | None = None,
+    zero: ZeroSpec | None = None,
+    gather_for_generation: bool = False,
     adapter_parameters: int = 0,
     frozen_parameters: int = 0,
     traversed_layers: int | None = None,
     checkpointing: bool = False,
-    loss_chunk: int = 1024,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> MemoryEstimate:
     """Estimate one rank's memory for micro-batches of ``capacity`` tokens.
 
     Full: weights, gradients and AdamW's two moments are float32, 16 bytes per weight, and autocast keeps a 16-bit copy
     of the linears (ZeRO, arXiv 1910.02054, section 3.1, counts the same states). LoRA: the base is held in the compute
     dtype without gradients; adapters cost those 16 bytes. DDP adds flat gradient buckets as large as the gradients;
-    FSDP (``shards``) is counted in ``_sharded``. ``frozen_parameters`` of full fine-tuning have neither gradients nor
-    moments. ``traversed_layers``: those that the gradient passes through, from the lowest adapter up; None: all.
+    FSDP (``shards``) is counted in ``_sharded``, ZeRO (``zero``, ``gather_for_generation``) in ``_divided``.
+    ``frozen_parameters`` of full fine-tuning have neither gradients nor moments. ``traversed_layers``: those that the
+    gradient passes through, from the lowest adapter up; None: all.
     """
     size = BYTES[dtype]
     if method == "full":
@@ -236,9 +244,12 @@ def estimate(
         trainable=trainable,
         total=total,
     )
+    stored = 4 * total if method == "full" else parameters
+    if zero is not None:
+        casts = (parameters - stored) // (shape.layers if checkpointing else 1)
+        return _divided(shape, whole, zero, stored=stored, casts=casts, gathers=gather_for_generation)
     if shards is None:
         return whole
-    stored = 4 * total if method == "full" else parameters
     return _sharded(shape, whole, shards, stored=stored, size=size, adapter_parameters=adapter_parameters)
 
 
@@ -270,6 +281,52 @@ def _sharded(
         loading=stored,
         generating=parameters + optimizer + outer + layer * shape.layers if shards.gather_for_generation else 0,
     )
+
+
+def _divided(
+    shape: ModelShape, whole: MemoryEstimate, zero: ZeroSpec, *, stored: int, casts: int, gathers: bool
+) -> MemoryEstimate:
+    """Divide what ``whole`` counts as the stage of ``zero`` does (``trainer/distributed/zero.py``).
+
+    ``stored``: bytes of all weights as they are stored; ``casts``: of the 16-bit copies that the graph keeps of them.
+    The masters are a copy of the owned part. Stage 1 has whole gradients, and its part of them once more; stage 2 its
+    part, twice where micro-batches add up. All reduce through a bucket; stage 3 gathers the largest module and what is
+    fetched ahead. What is offloaded is not counted: it is in main memory.
+    """
+    ranks, trained = zero.world_size, 4 * whole.trainable
+    share, part = -(-trained // ranks), -(-stored // ranks)
+    gradients = {1: trained + share, 2: share * (2 if zero.accumulation > 1 else 1), 3: share}[zero.stage]
+    if zero.offload_optimizer:
+        gradients = trained if zero.stage == 1 else 0
+    optimizer = 0 if zero.offload_optimizer else 3 * share
+    if zero.stage < 3:
+        return replace(
+            whole, gradients=gradients, optimizer=optimizer, communication=4 * BUCKET, loading=stored + trained + share
+        )
+    largest = max(shape.vocabulary * shape.hidden, shape.layer_parameters)
+    ahead = (2 * BUCKET + largest) * stored // whole.total
+    parameters = 0 if zero.offload_parameters else part
+    return replace(
+        whole,
+        parameters=parameters + casts,
+        gradients=gradients,
+        optimizer=optimizer,
+        communication=4 * BUCKET + min(stored, ahead),
+        loading=stored + part,
+        generating=parameters + optimizer + stored if gathers else 0,
+    )
+
+
+def loss_chunk(strategy: StrategyName, device: Literal["cpu", "cuda"], capacity: int, vocabulary: int) -> int:
+    """Return how many positions of a pack are projected to the vocabulary at once.
+
+    On a GPU as many as have ``LOGITS_AT_ONCE`` bytes of 16-bit logits: large products, and a small part of its memory.
+    Under zero3 all: it gathers the output layer for each chunk, and ranks whose packs have other numbers of chunks
+    would wait for each other forever.
+    """
+    if strategy == "zero3":
+        return capacity
+    return max(LOSS_CHUNK, LOGITS_AT_ONCE // (2 * vocabulary)) if device == "cuda" else LOSS_CHUNK
 
 
 def activation_bytes(shape: ModelShape, *, tokens: int, size: int, layers: int, checkpointing: bool) -> int:

@@ -135,6 +135,11 @@ class RunFolder:
         return self.launch / "schedule.npz"
 
     @property
+    def deepspeed_json(self) -> Path:
+        """DeepSpeed's config under ZeRO, as the ranks make it of the plan."""
+        return self.launch / "deepspeed.json"
+
+    @property
     def logs(self) -> Path:
         """One file per rank."""
         return self.root / "logs"

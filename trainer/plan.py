@@ -18,10 +18,12 @@ from trainer.inputs import absolute_paths, data_fingerprint, input_problems, mod
 from trainer.layout import Devices as Devices
 from trainer.layout import adapted_layers, batch_packs, layer_problems, plan_layout
 from trainer.markers import STAGES
-from trainer.memory import MemoryEstimate, Shards, StrategyName, estimate, lora_parameters
+from trainer.memory import MemoryEstimate, Shards, StrategyName, estimate, lora_parameters, loss_chunk
 from trainer.rules import check as check
+from trainer_launch.zero import Stage, ZeroSpec
 
 FORMAT = 1
+ZERO_STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,22 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     )
 
 
+def zero_spec(plan: RunPlan) -> ZeroSpec | None:
+    """Return what DeepSpeed divides among the ranks; None under the other strategies."""
+    stage = ZERO_STAGES.get(plan.strategy)
+    if stage is None:
+        return None
+    parallel = plan.config.parallel
+    return ZeroSpec(
+        stage=stage,
+        world_size=plan.world_size,
+        accumulation=plan.accumulation,
+        keep_whole_below=parallel.keep_whole_below if stage == 3 else 0,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+    )
+
+
 # ---- memory
 
 
@@ -119,10 +137,13 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
         capacity=config.packing.capacity,
         strategy=plan.strategy,
         shards=_shards(plan),
+        zero=zero_spec(plan),
+        gather_for_generation=config.parallel.gather_for_generation,
         adapter_parameters=adapter if method.name == "lora" else 0,
         frozen_parameters=frozen,
         traversed_layers=shape.layers - layers.start if method.name == "lora" else None,
         checkpointing=config.model.activation_checkpointing,
+        loss_chunk=loss_chunk(plan.strategy, plan.device, config.packing.capacity, shape.vocabulary),
     )
 
 

@@ -22,6 +22,9 @@ COMPANIONS = {
     "data/smoke": [],
     "parallel/ddp": ["launch.processes=2"],
     "parallel/fsdp": ["launch.processes=2"],
+    "parallel/zero1": ["launch.processes=2"],
+    "parallel/zero2": ["launch.processes=2"],
+    "parallel/zero3": ["launch.processes=2"],
 }
 
 
@@ -32,7 +35,7 @@ def plan(tmp_path: Path, *overrides: str, gpus: int = 0) -> RunPlan:
 
 
 def test_all_files_are_covered() -> None:
-    assert len(FILES) == 30
+    assert len(FILES) == 33
     assert [file.name for file in FILES if file.parent == CONF] == ["config.yaml"]
     assert EXPERIMENTS == ["legal_full", "legal_lora", "legal_sft", "smoke"]
     assert not list(CONF.rglob("*.yml"))

@@ -1,68 +1,18 @@
 """A whole run with sharded weights, killed on the way, and what it leaves beside what one process makes of it."""
 
-import json
-import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from cli_fixtures import trainer, trainer_until
 from launch_fixtures import Gone
-from safetensors.torch import load_file
+from layout_fixtures import ALONE, METHODS, SMOKE, STEPS, again, answers, assert_equal, evaluation, steps, tensors
 
 from trainer.paths import RunFolder
 
-STEPS = 40
 SHARDED = ["parallel=fsdp", "launch.processes=2"]
 LAYER_BY_LAYER = [*SHARDED, "parallel.gather_for_generation=false"]
-ALONE = ["launch.processes=1"]
-SMOKE = [
-    "+experiment=smoke",
-    "launch.device=cpu",
-    "launch.threads=1",
-    "model.dtype=float32",
-    f"optim.max_steps={STEPS}",
-    "eval.every=4",
-    "eval.generate_rows=3",
-    "eval.baselines=[]",
-    "run.dir=run",
-    "run.cache=cache",
-]
-METHODS = {"lora": [], "full": ["method=full", "~method.rank", "~method.alpha"]}
-
-
-def tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """All that was exported."""
-    files = sorted(folder.export.rglob("*.safetensors"))
-    return {f"{file.relative_to(folder.export)}:{name}": t for file in files for name, t in load_file(file).items()}
-
-
-def evaluation(folder: RunFolder) -> dict[str, Any]:
-    return json.loads((folder.evaluation / "tuned.json").read_text())
-
-
-def answers(folder: RunFolder) -> list[str]:
-    return (folder.evaluation / "tuned.predictions.jsonl").read_text().splitlines()
-
-
-def steps(folder: RunFolder) -> list[int]:
-    return [json.loads(line)["step"] for line in folder.metrics_jsonl.read_text().splitlines()]
-
-
-def again(cwd: Path, folder: RunFolder, words: list[str]) -> None:
-    """Evaluate and export anew, in another layout."""
-    trained = (folder.stages / "train.json").read_text()
-    for stage in ("evaluate", "export"):
-        (folder.stages / f"{stage}.json").unlink()
-    shutil.rmtree(folder.export)
-    for file in folder.evaluation.glob("tuned.*"):
-        file.unlink()
-    ended = trainer(cwd, *SMOKE, *words)
-    assert ended.code == 0, ended.out + ended.err
-    assert (folder.stages / "train.json").read_text() == trained, "it was trained before"
 
 
 def test_a_killed_run_goes_on_and_exports_what_one_process_exports(tmp_path: Path) -> None:
@@ -107,13 +57,6 @@ def test_a_fully_tuned_model_is_put_together_as_one_process_has_it(tmp_path: Pat
     again(tmp_path, folder, [*ALONE, *METHODS["full"], "optim.max_steps=4"])
     assert_equal(tensors(folder), exported)
     assert answers(folder) == answered
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def test_the_plan_says_what_a_rank_holds(tmp_path: Path) -> None:

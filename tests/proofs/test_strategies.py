@@ -5,8 +5,9 @@ Full fine-tuning and LoRA, in float32, with dropout. Two ranks of the same are i
 
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from trainer.train.checkpoint.format import published, read_manifest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 Layout = tuple[StrategyName, Literal[1, 2, 4]]
-LAYOUTS: list[Layout] = [("single", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)]
+WITHOUT: list[Layout] = [("single", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)]
+ZERO: list[Layout] = [("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero1", 4), ("zero2", 4), ("zero3", 4)]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (.[deepspeed])")
+LAYOUTS = [*WITHOUT, *(ZERO if find_spec("deepspeed") is not None else [])]
 CLOCK = {"tokens_per_second", "seconds", "memory_gb"}
 
 
@@ -28,6 +32,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_arena(folder / "train", documents=120)
     make_arena(folder / "validation", documents=12, seed=9)
     return folder
+
+
+def named(layout: Layout) -> str:
+    return f"{layout[0]}-{layout[1]}"
 
 
 def placed(run: Run, folder: Path, data: Path, layout: Layout) -> Run:
@@ -56,32 +64,35 @@ def compare(one: Path, two: Path, names: tuple[str, ...]) -> None:
 def test_all_layouts_take_one_course(tmp_path: Path, data: Path, lora: bool) -> None:
     run = Run(folder="", lora=lora, dropout=0.1, lr=1e-3, packs=8, max_steps=30)
     for layout in LAYOUTS:
-        end(placed(run, tmp_path / f"{layout[0]}{layout[1]}", data, layout))
+        end(placed(run, tmp_path / named(layout), data, layout))
     for kind, ranks in LAYOUTS[1:]:
-        compare(tmp_path / "single1", tmp_path / f"{kind}{ranks}", ("loss", "grad_norm", "val_loss"))
-    assert len(read_metrics(tmp_path / "single1")) == 30
+        compare(tmp_path / "single-1", tmp_path / named((kind, ranks)), ("loss", "grad_norm", "val_loss"))
+    assert len(read_metrics(tmp_path / "single-1")) == 30
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("source", LAYOUTS, ids=lambda layout: f"{layout[0]}{layout[1]}")
+@pytest.mark.parametrize("source", [*WITHOUT, *(pytest.param(one, marks=needs_deepspeed) for one in ZERO)], ids=named)
 def test_a_checkpoint_goes_on_under_every_layout(tmp_path: Path, data: Path, source: Layout, lora: bool) -> None:
     run = Run(folder="", lora=lora, dropout=0.1, lr=1e-3, packs=4, max_steps=10, validate_every=5)
     end(placed(run, tmp_path / "straight", data, ("single", 1)))
     begun = placed(run, tmp_path / "begun", data, source)
     end(replace(begun, stop_at=4), 75)
     for target in LAYOUTS:
-        moved = tmp_path / f"{target[0]}{target[1]}"
+        moved = tmp_path / named(target)
         shutil.copytree(tmp_path / "begun", moved, symlinks=True)
         end(placed(run, moved, data, target))
         compare(tmp_path / "straight", moved, ("loss", "grad_norm", "val_loss"))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_four_ranks_that_are_killed_go_on_bit_by_bit(tmp_path: Path, data: Path, lora: bool) -> None:
+@pytest.mark.parametrize(
+    "layout", [("fsdp", 4), *(pytest.param(one, marks=needs_deepspeed) for one in ZERO if one[1] == 4)], ids=named
+)
+def test_four_ranks_that_are_killed_go_on_bit_by_bit(tmp_path: Path, data: Path, layout: Layout, lora: bool) -> None:
     run = Run(folder="", lora=lora, dropout=0.1, packs=4, max_steps=12)
-    straight = placed(run, tmp_path / "straight", data, ("fsdp", 4))
+    straight = placed(run, tmp_path / "straight", data, layout)
     end(straight)
-    other = placed(run, tmp_path / "other", data, ("fsdp", 4))
+    other = placed(run, tmp_path / "other", data, layout)
     assert -9 in [code for code, _ in run_ranks(replace(other, kill_at=7))]
     end(other)
 
@@ -90,3 +101,27 @@ def test_four_ranks_that_are_killed_go_on_bit_by_bit(tmp_path: Path, data: Path,
         return [lines, [read_manifest(path).files for path in published(folder / "checkpoints")]]
 
     assert bits(tmp_path / "other") == bits(tmp_path / "straight")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"variant": "tied"},
+        {"variant": "frozen"},
+        {"variant": "checkpointed"},
+        {"lora": True, "dora": True, "variant": "checkpointed"},
+        {"offload": True},
+        {"offload": True, "lora": True},
+    ],
+    ids=lambda special: "-".join(f"{name}={value}" for name, value in special.items()),
+)
+def test_every_kind_of_model_takes_the_same_course_under_zero(
+    tmp_path: Path, data: Path, kind: StrategyName, special: dict[str, Any]
+) -> None:
+    """Offloaded from the CPU to the CPU: the bookkeeping is DeepSpeed's own for GPUs, the place is not."""
+    run = replace(Run(folder="", dropout=0.1, lr=1e-3, packs=4, max_steps=6), **special)
+    end(placed(replace(run, offload=False), tmp_path / "one", data, ("single", 1)))
+    end(placed(run, tmp_path / "two", data, (kind, 2)))
+    compare(tmp_path / "one", tmp_path / "two", ("loss", "grad_norm", "val_loss"))

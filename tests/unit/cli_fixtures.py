@@ -26,7 +26,9 @@ sys.exit(code)
 NOTHING_HEAVY = "imported: []"
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}  # noqa: TID251  (the checkout need not be installed)
+# The checkout need not be installed; what the tests were started with stays.
+PATHS = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]  # noqa: TID251
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}  # noqa: TID251
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from trainer.errors import ModelError
 from trainer.evaluate.generate import generate
 from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
 from trainer.model.compiling import compile_layers, should_compile, without_compiling
-from trainer.model.loss import PackedLoss, chunk_for
+from trainer.model.loss import PackedLoss
 from trainer.samples import EvaluationExample
 
 CUDA = torch.device("cuda")
@@ -21,23 +21,27 @@ pytestmark = [
 
 
 def test_off_on_a_cpu_unless_asked_for():
-    assert should_compile(None, CPU) == (False, "only on GPUs, unless model.compile=true")
-    assert should_compile(True, CPU) == (True, "as configured")
-    assert should_compile(False, CUDA) == (False, "as configured")
+    assert should_compile(None, CPU, "single") == (False, "only on GPUs, unless model.compile=true")
+    assert should_compile(True, CPU, "ddp") == (True, "as configured")
+    assert should_compile(False, CUDA, "zero3") == (False, "as configured")
 
 
 @pytest.mark.parametrize(
-    ("package", "compiler", "words"),
-    [(None, "gcc", "triton is not installed"), (object(), None, "there is no C compiler (cc, gcc, clang)")],
+    ("package", "compiler", "strategy", "words"),
+    [
+        (None, "gcc", "single", "triton is not installed"),
+        (object(), None, "ddp", "there is no C compiler (cc, gcc, clang)"),
+        (object(), "gcc", "zero3", "zero3 gathers the weights of a layer piece by piece"),
+    ],
 )
-def test_what_is_missing_is_said_or_refused(monkeypatch, package, compiler, words):
+def test_what_is_missing_is_said_or_refused(monkeypatch, package, compiler, strategy, words):
     monkeypatch.setattr("trainer.model.compiling.find_spec", lambda name: package)
     monkeypatch.setattr("trainer.model.compiling.shutil.which", lambda name: compiler)
-    wanted, why = should_compile(None, CUDA)
+    wanted, why = should_compile(None, CUDA, strategy)
     assert not wanted
     assert words in why
-    with pytest.raises(ModelError, match="the layers cannot be compiled on this machine") as caught:
-        should_compile(True, CUDA)
+    with pytest.raises(ModelError, match="the layers cannot be compiled") as caught:
+        should_compile(True, CUDA, strategy)
     assert words in str(caught.value)
     assert "model.compile=false" in str(caught.value)
 
@@ -45,13 +49,7 @@ def test_what_is_missing_is_said_or_refused(monkeypatch, package, compiler, word
 def test_default_on_a_gpu(monkeypatch):
     monkeypatch.setattr("trainer.model.compiling.find_spec", lambda name: object())
     monkeypatch.setattr("trainer.model.compiling.shutil.which", lambda name: name)
-    assert should_compile(None, CUDA) == (True, "the default on GPUs")
-
-
-def test_chunks_are_larger_on_a_gpu():
-    assert chunk_for(128_256, CPU) == 1024
-    assert chunk_for(128_256, CUDA) == 4185
-    assert chunk_for(2_000_000, CUDA) == 1024
+    assert should_compile(None, CUDA, "fsdp") == (True, "the default on GPUs")
 
 
 def test_compiled_layers_give_the_same_loss_for_every_pack_and_are_compiled_once():

@@ -4,42 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from plan_fixtures import LLAMA_8B, planned, refused
 
-from trainer.compose import compose
 from trainer.drive.overview import memory_text
-from trainer.errors import ConfigError, Problem
-from trainer.layout import Devices
-from trainer.memory import ModelShape, Shards, estimate, lora_parameters
-from trainer.plan import RunPlan, estimate_memory, make_plan
+from trainer.memory import Shards, estimate, lora_parameters
+from trainer.plan import estimate_memory
 
-GPUS = Devices(gpus=4, cores=8)
-LLAMA_8B = ModelShape(
-    hidden=4096,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    intermediate=14336,
-    vocabulary=128256,
-    tied=False,
-    max_positions=8192,
-)
 EIGHT = Shards(ranks=8, keep_layers=False, whole_gradients=False, gather_for_generation=True)
 OUTER = LLAMA_8B.embedding_parameters + LLAMA_8B.hidden
 LAYER = LLAMA_8B.layer_parameters
-
-
-def planned(home: Path, *overrides: str, devices: Devices = GPUS) -> RunPlan:
-    (home / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    config = compose(["model=tiny", "data.train=my.jsonl", *overrides], config_dir=None, cwd=home)
-    return make_plan(config, devices=devices, cwd=home)
-
-
-def refused(home: Path, *overrides: str, devices: Devices = GPUS) -> Problem:
-    with pytest.raises(ConfigError) as caught:
-        planned(home, *overrides, devices=devices)
-    (problem,) = caught.value.problems
-    return problem
 
 
 def test_the_plan_names_it_and_the_run_stays_the_same_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_one_rank_has_nobody_to_share_with(ranks: Ranks) -> None:
     with pytest.raises(RunError, match="does not fit the number of ranks") as fault:
         tiny_strategy(ranks, lora=False, kind="fsdp")
     assert fault.value.problems[0].got == "fsdp with 1 ranks"
-    assert fault.value.problems[0].allowed == "single with one rank, ddp or fsdp with several"
+    assert fault.value.problems[0].allowed == "single with one rank, ddp, fsdp or zero1 to zero3 with several"
 
 
 def test_float16_is_refused_by_name(ranks: Ranks) -> None:

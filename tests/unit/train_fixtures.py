@@ -48,9 +48,12 @@ from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
 from trainer.train.state import TrainState
 from trainer_kernels import ArenaWriter, Schedule, TokenArena
+from trainer_launch.zero import Stage, ZeroSpec
 
 VOCABULARY = 67
+CAPACITY = 96
 IDENTITY, BASE = "0123456789", "base"
+STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 Variant = Literal["plain", "tied", "frozen", "checkpointed"]
 """What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing."""
 
@@ -84,6 +87,7 @@ def tiny_loss(
     compute_dtype: torch.dtype = torch.float32,
     variant: Variant = "plain",
     dora: bool = False,
+    chunk: int = 16,
 ) -> PackedLoss:
     """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype."""
     model: nn.Module = tiny_model(dropout, tied=variant == "tied")
@@ -95,7 +99,7 @@ def tiny_loss(
         model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)  # type: ignore[arg-type]
     if variant == "checkpointed":
         enable_activation_checkpointing(model)
-    return PackedLoss(model, chunk=16, compute_dtype=compute_dtype)
+    return PackedLoss(model, chunk=chunk, compute_dtype=compute_dtype)
 
 
 def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
@@ -127,7 +131,7 @@ def with_data(folder: Path, data: Path) -> Path:
 def schedule_for(arena: TokenArena, *, world_size: int, packs: int, epochs: float, max_steps: int | None) -> Schedule:
     """A schedule of ``packs`` per step of 96 tokens each."""
     options = ScheduleOptions(
-        capacity=96,
+        capacity=CAPACITY,
         seed=3,
         epochs=epochs,
         max_steps=max_steps,
@@ -161,9 +165,15 @@ def tiny_strategy(
     reshard: bool = True,
     reduce_every: bool = False,
     gather: bool = True,
+    accumulation: int = 1,
+    keep_whole_below: int = 0,
+    offload: bool = False,
 ) -> tuple[Strategy, PackedLoss]:
     """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
-    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora)
+    chunk = (
+        CAPACITY if kind == "zero3" else 16
+    )  # a rank that projects more often than another would wait for it forever
+    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora, chunk=chunk)
     sharding = Sharding(
         layers=decoder_layer_modules(inner_model(loss.model)),
         reshard_after_forward=reshard,
@@ -171,11 +181,36 @@ def tiny_strategy(
         gather_for_generation=gather,
     )
     kind = kind or ("single" if ranks.world_size == 1 else "ddp")
-    strategy = make_strategy(kind, ranks, dtype=dtype, clip_norm=clip_norm, sharding=sharding)
+    strategy = make_strategy(
+        kind,
+        ranks,
+        dtype=dtype,
+        clip_norm=clip_norm,
+        sharding=sharding,
+        zero=zero_spec(kind, ranks, accumulation=accumulation, keep_whole_below=keep_whole_below, offload=offload),
+        gather_for_generation=gather,
+    )
     strategy.prepare(
         loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     )
     return strategy, loss
+
+
+def zero_spec(
+    kind: StrategyName, ranks: Ranks, *, accumulation: int, keep_whole_below: int, offload: bool
+) -> ZeroSpec | None:
+    """What DeepSpeed divides under ``kind``; None under the other strategies."""
+    if kind not in STAGES:
+        return None
+    stage = STAGES[kind]
+    return ZeroSpec(
+        stage=stage,
+        world_size=ranks.world_size,
+        accumulation=accumulation,
+        keep_whole_below=keep_whole_below if stage == 3 else 0,
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +227,8 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"
     reshard: bool = True
     reduce_every: bool = False
+    keep_whole_below: int = 0
+    offload: bool = False
     packs: int = 2
     epochs: float = 3.0
     max_steps: int | None = None
@@ -228,6 +265,9 @@ def train_run(
         dora=run.dora,
         reshard=run.reshard,
         reduce_every=run.reduce_every,
+        accumulation=run.packs // run.world_size,
+        keep_whole_below=run.keep_whole_below,
+        offload=run.offload,
     )
     found = find_agreed(
         ranks,
@@ -244,7 +284,12 @@ def train_run(
     def validate() -> Mapping[str, float]:
         held_out = TokenArena.open(folder / "validation")
         batches = held_out_batches(
-            held_out, capacity=96, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, pad_token_id=0
+            held_out,
+            capacity=CAPACITY,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            pad_token_id=0,
         )
         return {"loss": held_out_loss(strategy.inner, batches, ranks.sum_over_ranks).mean}
 

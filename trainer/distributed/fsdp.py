@@ -88,6 +88,11 @@ class FullySharded:
         """By name; DTensors, whose ``shape`` is that of the whole parameter."""
         return self._trainable
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole parameters."""
+        return {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
+
     def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Cut ``module`` into shards and make the optimizer over them.
 

@@ -51,6 +51,11 @@ class Plain:
         """By name in ``inner``."""
         return self._trainable
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Those of the parameters."""
+        return {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
+
     def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Wrap ``module`` and make its optimizer.
 

@@ -164,6 +164,11 @@ def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int
     return ranks
 
 
+def choose_accelerator(device: torch.device) -> None:
+    """Tell DeepSpeed where to compute, before it is imported: by itself it takes a GPU wherever it sees one."""
+    ENVIRONMENT["DS_ACCELERATOR"] = device.type
+
+
 def _accelerator(device: str) -> Accelerator:
     """Accelerate without opinions of its own: precision, accumulation and their scaling are the loop's business."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

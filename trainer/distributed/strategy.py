@@ -16,9 +16,11 @@ from trainer.distributed.fragments import Fragment
 from trainer.distributed.fsdp import FullySharded, Sharding
 from trainer.distributed.plain import Plain
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.zero import DividedState, DividedWeights
 from trainer.errors import RunError
+from trainer_launch.zero import ZeroSpec
 
-StrategyName = Literal["single", "ddp", "fsdp"]
+StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 class Strategy(Protocol):
@@ -50,6 +52,11 @@ class Strategy(Protocol):
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Trainable parameters by the name they have in ``inner``; the same names under every strategy."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the whole trainable parameters, by the same names."""
         ...
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
@@ -107,17 +114,26 @@ class Strategy(Protocol):
 
 
 def make_strategy(
-    kind: StrategyName, ranks: Ranks, *, dtype: torch.dtype, clip_norm: float, sharding: Sharding | None = None
+    kind: StrategyName,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    clip_norm: float,
+    sharding: Sharding | None = None,
+    zero: ZeroSpec | None = None,
+    gather_for_generation: bool = True,
 ) -> Strategy:
     """The strategy named in the plan, for a group that was started.
 
     Args:
-        kind: "single" for one process, "ddp" or "fsdp" for several.
+        kind: "single" for one process, the others for several.
         ranks: the group.
         dtype: compute dtype of the forward pass, which the module sees to itself; float16 adds a loss scale here.
             Trainable parameters are fp32 whatever it is.
         clip_norm: largest global gradient norm; 0 turns clipping off.
         sharding: what "fsdp" cuts and when it gathers; the others have no use for it.
+        zero: what "zero1", "zero2" and "zero3" divide; the others have no use for it.
+        gather_for_generation: "zero3" holds the whole model on every rank in ``gathered()``.
 
     Raises:
         RunError: the kind does not fit the number of ranks, or cannot train in ``dtype``.
@@ -126,19 +142,25 @@ def make_strategy(
         raise RunError(
             "the planned strategy does not fit the number of ranks",
             got=f"{kind} with {ranks.world_size} ranks",
-            allowed="single with one rank, ddp or fsdp with several",
+            allowed="single with one rank, ddp, fsdp or zero1 to zero3 with several",
             do="plan again: `python -m trainer plan` with the same overrides",
         )
-    if kind != "fsdp":
+    if kind in ("single", "ddp"):
         return Plain(ranks, dtype=dtype, clip_norm=clip_norm)
     if dtype == torch.float16:
         raise RunError(
-            "fsdp has no loss scale, without which float16 cannot be trained",
+            f"{kind} has no loss scale, without which float16 cannot be trained",
             where="model.dtype",
-            got="float16 with parallel=fsdp",
+            got=f"float16 with parallel={kind}",
             allowed="bfloat16, float32",
             do="model.dtype=bfloat16, or parallel=ddp",
         )
-    if sharding is None:
-        raise ValueError("fsdp needs to know the layers to shard")
-    return FullySharded(ranks, sharding, dtype=dtype, clip_norm=clip_norm)
+    if kind == "fsdp":
+        if sharding is None:
+            raise ValueError("fsdp needs to know the layers to shard")
+        return FullySharded(ranks, sharding, dtype=dtype, clip_norm=clip_norm)
+    if zero is None or f"zero{zero.stage}" != kind:
+        raise ValueError(f"{kind} needs to know what of it to divide, got {zero}")
+    if zero.stage == 3:
+        return DividedWeights(ranks, zero, clip_norm=clip_norm, gather_for_generation=gather_for_generation)
+    return DividedState(ranks, zero, clip_norm=clip_norm)

@@ -19,6 +19,7 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "accelerate",
+    "deepspeed",
     "peft",
     "datasets",
     "safetensors",

@@ -7,8 +7,9 @@ from trainer.compose import config_text
 from trainer.drive.environment import describe_environment
 from trainer.errors import RunError
 from trainer.paths import RunFolder, write_atomic
-from trainer.plan import RunPlan, dump_plan, identity_diff, load_plan
+from trainer.plan import RunPlan, dump_plan, identity_diff, load_plan, zero_spec
 from trainer.redaction import redact
+from trainer_launch.zero import deepspeed_json
 
 
 def make_folder(folder: RunFolder) -> None:
@@ -56,8 +57,16 @@ def require_same_identity(folder: RunFolder, plan: RunPlan) -> None:
 
 
 def write_inputs(folder: RunFolder, plan: RunPlan) -> None:
-    """Write config.yaml, env.json and plan.json: what the run's processes read, and what it is done with."""
+    """Write config.yaml, env.json and plan.json: what the run's processes read, and what it is done with.
+
+    Under ZeRO also ``launch/deepspeed.json``, to look at: ranks make the same of plan.json.
+    """
     write_atomic(folder.config_yaml, config_text(plan.config))
     described = msgspec.json.format(msgspec.json.encode(describe_environment(plan.device)), indent=2)
     write_atomic(folder.env_json, redact(described.decode()) + "\n")
+    zero = zero_spec(plan)
+    if zero is None:
+        folder.deepspeed_json.unlink(missing_ok=True)
+    else:
+        write_atomic(folder.deepspeed_json, deepspeed_json(zero))
     write_atomic(folder.plan_json, dump_plan(plan))

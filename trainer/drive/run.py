@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -161,4 +162,8 @@ def _with_overrides(config: Config, overrides: Sequence[str], cwd: Path) -> Conf
 
 
 def _devices(config: Config) -> Devices:
-    return Devices(gpus=0 if config.launch.device == "cpu" else visible_gpus(), cores=usable_cores())
+    return Devices(
+        gpus=0 if config.launch.device == "cpu" else visible_gpus(),
+        cores=usable_cores(),
+        deepspeed=find_spec("deepspeed") is not None,
+    )

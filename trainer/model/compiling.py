@@ -30,8 +30,10 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def cannot_compile(device: torch.device) -> str | None:
-    """Why torch.compile has no chance on ``device``, in words; None where it has."""
+def cannot_compile(device: torch.device, strategy: str) -> str | None:
+    """Why torch.compile has no chance on ``device`` under ``strategy``, in words; None where it has."""
+    if strategy == "zero3":
+        return "zero3 gathers the weights of a layer piece by piece while it runs"
     if device.type == "cuda" and find_spec("triton") is None:
         return "the package triton is not installed"
     if not any(shutil.which(name) for name in COMPILERS):
@@ -39,19 +41,19 @@ def cannot_compile(device: torch.device) -> str | None:
     return None
 
 
-def should_compile(wanted: bool | None, device: torch.device) -> tuple[bool, str]:
+def should_compile(wanted: bool | None, device: torch.device, strategy: str) -> tuple[bool, str]:
     """Whether to compile, and why, in words. ``wanted`` None: on a GPU, if it can be done.
 
     Raises:
         ModelError: wanted, and impossible here.
     """
-    missing = cannot_compile(device)
+    missing = cannot_compile(device, strategy)
     if wanted and missing:
         raise ModelError(
-            "the layers cannot be compiled on this machine",
+            "the layers cannot be compiled",
             where="model.compile",
             got=missing,
-            do="install it, or set model.compile=false",
+            do="set model.compile=false, or install what is missing",
         )
     if wanted is not None:
         return wanted, "as configured"

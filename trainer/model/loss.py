@@ -25,9 +25,6 @@ from trainer.model.precision import compute_context
 LogitsVia = Literal["head", "model"]
 Nll = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
-LOGITS_AT_ONCE = 2**30
-"""Bytes of 16-bit logits in a chunk on a GPU: large products, and a small part of its memory."""
-CPU_CHUNK = 1024
 
 
 class PackedLoss(nn.Module):
@@ -45,7 +42,7 @@ class PackedLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        chunk: int = CPU_CHUNK,
+        chunk: int = 1024,
         logits_via: LogitsVia = "head",
         compute_dtype: torch.dtype = torch.float32,
         neftune_alpha: float = 0.0,
@@ -104,9 +101,8 @@ class PackedLoss(nn.Module):
         if not torch.is_grad_enabled():
             return torch.stack([self._chunk_loss(*piece) for piece in pieces]).sum()
         parameters = self._head_parameters()
-        if self.compute_dtype == torch.float16 or any(parameter.numel() == 0 for parameter in parameters):
-            # float16 needs the loss scale, which comes with the backward pass, before it rounds; and ZeRO-3 leaves no
-            # shape in a parameter that a gradient could be returned for. These make their logits twice.
+        if self.compute_dtype == torch.float16:
+            # It needs the loss scale, which comes with the backward pass, before it rounds: logits are made twice.
             losses = [cast(torch.Tensor, checkpoint(self._chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
             return torch.stack(losses).sum()
         return cast(torch.Tensor, _GradientsAtOnce.apply(hidden, targets, self.chunk, self._chunk_loss, *parameters))
@@ -155,11 +151,6 @@ class _GradientsAtOnce(torch.autograd.Function):
         """The factor times what is there, in place: a second backward pass would find it changed, and raises."""
         below, *sums = (tensor.mul_(gradient) for tensor in ctx.saved_tensors)
         return below, None, None, None, *sums
-
-
-def chunk_for(vocabulary: int, device: torch.device) -> int:
-    """Positions to project at once on ``device``."""
-    return max(CPU_CHUNK, LOGITS_AT_ONCE // (2 * vocabulary)) if device.type == "cuda" else CPU_CHUNK
 
 
 def target_positions(batch: Batch) -> torch.Tensor:

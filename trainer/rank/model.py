@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from trainer.distributed.fsdp import Sharding
 from trainer.distributed.seeds import seed_all
 from trainer.distributed.strategy import Strategy, make_strategy
+from trainer.distributed.zero import whole_size
+from trainer.memory import loss_chunk
 from trainer.model.adapters import (
     attach_lora,
     continue_lora,
@@ -25,8 +27,9 @@ from trainer.model.adapters import (
 from trainer.model.compiling import compile_layers, should_compile
 from trainer.model.device import free_memory
 from trainer.model.load import load_model
-from trainer.model.loss import LogitsVia, PackedLoss, chunk_for
+from trainer.model.loss import LogitsVia, PackedLoss
 from trainer.model.selfcheck import self_check
+from trainer.plan import zero_spec
 from trainer.rank.job import Job, open_arena
 from trainer.train.optim import make_optimizer
 
@@ -64,12 +67,13 @@ def check_model(job: Job, model: nn.Module) -> LogitsVia:
 
 def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia, *, compiled: bool = False) -> PackedLoss:
     """The module that is measured; ``compiled``, and trained."""
+    config, vocabulary = job.plan.config, inner_model(model).config.get_text_config().vocab_size
     return PackedLoss(
         model,
-        chunk=chunk_for(inner_model(model).config.get_text_config().vocab_size, job.ranks.device),
+        chunk=loss_chunk(job.plan.strategy, job.plan.device, config.packing.capacity, vocabulary),
         logits_via=logits_via,
         compute_dtype=job.compute_dtype,
-        neftune_alpha=job.plan.config.optim.neftune_alpha,
+        neftune_alpha=config.optim.neftune_alpha,
         compiled=compiled,
     )
 
@@ -77,7 +81,7 @@ def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia, *, compiled: 
 def trained_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLoss:
     """The module that is trained, on top of the base ``model``; its layers are compiled where that pays."""
     trained = make_trainable(job, model)
-    compiled, why = should_compile(job.plan.config.model.compile, job.ranks.device)
+    compiled, why = should_compile(job.plan.config.model.compile, job.ranks.device, job.plan.strategy)
     job.say(f"torch.compile: {f'{compile_layers(trained)} layers' if compiled else 'off'} ({why})")
     return packed_loss(job, trained, logits_via, compiled=compiled)
 
@@ -134,6 +138,8 @@ def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
         dtype=job.compute_dtype,
         clip_norm=job.plan.config.optim.clip_norm,
         sharding=sharding,
+        zero=zero_spec(job.plan),
+        gather_for_generation=parallel.gather_for_generation,
     )
     strategy.prepare(loss, optimizer_maker(job))
     return strategy
@@ -159,7 +165,7 @@ def whole_model(job: Job, strategy: Strategy, loss: PackedLoss) -> PackedLoss | 
 
 def _plain_copy(job: Job, loss: PackedLoss) -> PackedLoss:
     """The base with adapters, if there are any, as this rank had it before the strategy cut it."""
-    needed, device = sum(p.numel() * p.element_size() for p in loss.parameters()), job.ranks.device
+    needed, device = sum(whole_size(p) * p.element_size() for p in loss.parameters()), job.ranks.device
     if device.type != "cpu" and needed > ROOM * free_memory(device):
         job.warn(f"the whole model ({needed / 1e9:.1f} GB) has no room beside the shards: it is exported from the CPU")
         device = torch.device("cpu")

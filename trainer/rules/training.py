@@ -11,7 +11,13 @@ from trainer.rules.problems import no_effect, not_among
 _LORA_ONLY = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "dora", "adapter")
 _FROM_ADAPTER = ("rank", "alpha", "targets", "layers", "rslora", "dora")
 _FULL_ONLY = ("freeze_layers", "freeze_embeddings")
-_FSDP_ONLY = ("reshard_after_forward", "reduce_every_micro_batch", "gather_for_generation")
+_PARALLEL_ONLY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("fsdp",), ("reshard_after_forward", "reduce_every_micro_batch")),
+    (("fsdp", "zero3"), ("gather_for_generation",)),
+    (("zero1", "zero2", "zero3"), ("offload_optimizer",)),
+    (("zero3",), ("keep_whole_below", "offload_parameters")),
+)
+"""Ways of sharing the work, and the settings that only they have."""
 _LAYERS = re.compile(r"\s*-?\d*\s*:\s*-?\d*\s*")
 
 
@@ -101,17 +107,25 @@ def packing_rules(config: Config) -> Iterator[Problem]:
 
 
 def parallel_rules(config: Config) -> Iterator[Problem]:
-    """Yield settings of fsdp beside another way of sharing the work, and a dtype that fsdp cannot train in."""
+    """Yield settings of another way of sharing the work, and a dtype that this one cannot train in."""
     parallel = config.parallel
-    if parallel.name != "fsdp":
-        yield from no_effect(
-            "parallel", parallel, _FSDP_ONLY, f"parallel.name={parallel.name}", "parallel=fsdp, or remove it"
-        )
-    elif config.model.dtype == "float16":
+    for names, settings in _PARALLEL_ONLY:
+        if parallel.name not in names:
+            do = " or ".join(f"parallel={name}" for name in names) + ", or remove it"
+            yield from no_effect("parallel", parallel, settings, f"parallel.name={parallel.name}", do)
+    if parallel.name == "zero3" and config.model.compile:
         yield Problem(
-            what="cannot be trained by fsdp: float16 needs a loss scale, which it does not have",
+            what="cannot be combined with zero3, which gathers the weights of a layer piece by piece while it runs",
+            where="model.compile",
+            got="true with parallel=zero3",
+            allowed="false, or null",
+            do="remove it, or parallel=fsdp",
+        )
+    if parallel.name not in ("auto", "ddp") and config.model.dtype == "float16":
+        yield Problem(
+            what=f"cannot be trained by {parallel.name}: float16 needs a loss scale, which it does not have",
             where="model.dtype",
-            got="float16 with parallel=fsdp",
+            got=f"float16 with parallel={parallel.name}",
             allowed="auto, bfloat16, float32",
             do="model.dtype=bfloat16, or parallel=ddp",
         )

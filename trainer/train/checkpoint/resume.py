@@ -112,7 +112,7 @@ def load(strategy: Strategy, checkpoint: Checkpoint, *, weights_only: bool = Fal
         TrainingFault: the ranks differ after loading.
     """
     manifest = checkpoint.manifest
-    ours = {name: tuple(parameter.shape) for name, parameter in strategy.trainable.items()}
+    ours = strategy.shapes
     if ours != manifest.shapes:
         different = sorted(set(ours.items()) ^ set(manifest.shapes.items()))
         raise RunError(
