@@ -104,6 +104,7 @@ def test_a_setting_of_another_strategy_is_refused(tmp_path: Path, words: list[st
 def test_one_plan_makes_the_config_and_the_file(tmp_path: Path) -> None:
     plan = planned(tmp_path, "parallel=zero3", "parallel.keep_whole_below=7", "parallel.offload_optimizer=true")
     spec = zero_spec(plan)
+    assert spec is not None
     assert spec == ZeroSpec(stage=3, world_size=4, accumulation=2, keep_whole_below=7, offload_optimizer=True)
     folder = RunFolder(tmp_path / "run")
     write_inputs(folder, plan)
