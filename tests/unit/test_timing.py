@@ -78,7 +78,8 @@ def test_replicas_wait_once_per_step_and_sharded_ranks_in_every_micro_batch():
     }
     assert shares["micro"] > 2 * shares["step"]
     assert waiting_share(scheduled(lengths, ratio=0.0, world_size=1), weights) == 0.0
-    assert [sync_of(name) for name in ("single", "ddp", "fsdp")] == ["step", "step", "micro"]
+    assert [sync_of(name) for name in ("single", "ddp", "zero1")] == ["step"] * 3
+    assert [sync_of(name) for name in ("fsdp", "zero2", "zero3")] == ["micro"] * 3
 
 
 def test_the_measured_ratio_is_found_in_noise_and_only_there():

@@ -38,8 +38,8 @@ def cost_ratio(shape: ModelShape, *, frozen_base: bool) -> float:
 
 
 def sync_of(strategy: str) -> Sync:
-    """When the ranks of a strategy wait for each other: sharded ones in every micro-batch, replicas once per step."""
-    return "micro" if strategy in ("fsdp", "zero3") else "step"
+    """When ranks wait for each other: in every micro-batch where gradients are reduced in each, else once per step."""
+    return "micro" if strategy in ("fsdp", "zero2", "zero3") else "step"
 
 
 def waiting_share(schedule: Schedule, weights: NDArray[np.int64], *, steps: int = LOOKED_AT) -> float:
