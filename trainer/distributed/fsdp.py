@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
-from trainer.distributed.prepared import prepared, trainable_parameters
+from trainer.distributed.prepared import Prepared, prepared, trainable_parameters
 from trainer.distributed.ranks import Ranks
 from trainer.errors import TrainingFault
 from trainer.fingerprint import digest
@@ -52,46 +52,15 @@ class Sharding:
     gather_for_generation: bool = True
 
 
-class FullySharded:
+class FullySharded(Prepared):
     """Every rank owns rows of every parameter and of its optimizer state; layers are gathered while they compute."""
 
     def __init__(self, ranks: Ranks, sharding: Sharding, *, dtype: torch.dtype, clip_norm: float) -> None:
-        self.ranks = ranks
-        self.replicated = False
-        self.in_step = not sharding.gather_for_generation
+        super().__init__(ranks, replicated=False, in_step=not sharding.gather_for_generation, clip_norm=clip_norm)
         self._sharding = sharding
         self._dtype = dtype
-        self._clip_norm = clip_norm
-        self._module: nn.Module | None = None
         self._root: FSDPModule | None = None
         self._layers: list[FSDPModule] = []
-        self._optimizer: Optimizer | None = None
-        self._trainable: dict[str, nn.Parameter] = {}
-
-    @property
-    def module(self) -> nn.Module:
-        """The module as given to ``prepare``: sharding changes it in place and wraps nothing."""
-        return prepared(self._module)
-
-    @property
-    def inner(self) -> nn.Module:
-        """The same."""
-        return self.module
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """Made over the shards."""
-        return prepared(self._optimizer)
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Parameter]:
-        """By name; DTensors, whose ``shape`` is that of the whole parameter."""
-        return self._trainable
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the whole parameters."""
-        return {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Cut ``module`` into shards and make the optimizer over them.
@@ -115,8 +84,8 @@ class FullySharded:
         check_shards(module, mesh, dtypes)
         # Otherwise whichever module computes first becomes the root, and in generation that is a layer.
         self._root._get_fsdp_state()._lazy_init()
-        self._module = module
-        self._trainable = trainable_parameters(module)
+        self._module = module  # sharding changes it in place and wraps nothing
+        self._take(module)
         self._optimizer = make_optimizer(module)
 
     @contextmanager

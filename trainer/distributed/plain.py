@@ -12,49 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
-from trainer.distributed.prepared import prepared, trainable_parameters
+from trainer.distributed.prepared import Prepared
 from trainer.distributed.ranks import Ranks
 from trainer.errors import TrainingFault
 
 
-class Plain:
+class Plain(Prepared):
     """One process alone, or a replica per rank (DDP): every rank has all parameters and all optimizer state."""
 
     def __init__(self, ranks: Ranks, *, dtype: torch.dtype, clip_norm: float) -> None:
-        self.ranks = ranks
-        self.replicated = True
-        self.in_step = False
-        self._clip_norm = clip_norm
-        self._module: nn.Module | None = None
-        self._inner: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._trainable: dict[str, nn.Parameter] = {}
+        super().__init__(ranks, replicated=True, in_step=False, clip_norm=clip_norm)
         self._scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-
-    @property
-    def module(self) -> nn.Module:
-        """The inner module, or DDP around it."""
-        return prepared(self._module)
-
-    @property
-    def inner(self) -> nn.Module:
-        """The module as given to ``prepare``."""
-        return prepared(self._inner)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """Made on the device, after wrapping."""
-        return prepared(self._optimizer)
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Parameter]:
-        """By name in ``inner``."""
-        return self._trainable
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Those of the parameters."""
-        return {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
 
     def prepare(self, module: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Wrap ``module`` and make its optimizer.
@@ -62,8 +30,7 @@ class Plain:
         Raises:
             TrainingFault: nothing to train, parameters that are not fp32, or a wrapping other than planned.
         """
-        self._trainable = trainable_parameters(module)
-        self._inner = module
+        self._take(module)
         self._module = self.ranks.accelerator.prepare_model(module)
         wanted = DistributedDataParallel if self.ranks.world_size > 1 else type(module)
         if type(self._module) is not wanted:

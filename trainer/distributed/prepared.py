@@ -5,10 +5,65 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from trainer.distributed.ranks import Ranks
 from trainer.errors import TrainingFault
 
 T = TypeVar("T")
+
+
+class Prepared:
+    """What a strategy has once its ``prepare`` is done; ``Strategy`` says what it means.
+
+    A subclass sets ``_module`` and ``_optimizer``, and calls ``_take`` for the rest.
+    """
+
+    def __init__(self, ranks: Ranks, *, replicated: bool, in_step: bool, clip_norm: float) -> None:
+        self.ranks = ranks
+        self.replicated = replicated
+        self.in_step = in_step
+        self._clip_norm = clip_norm
+        self._module: nn.Module | None = None
+        self._inner: nn.Module | None = None
+        self._optimizer: Optimizer | None = None
+        self._trainable: dict[str, nn.Parameter] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """What the loop calls."""
+        return prepared(self._module)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module as given to ``prepare``."""
+        return prepared(self._inner)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Over what this rank owns."""
+        return prepared(self._optimizer)
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """By name in ``inner``, as they are on this rank."""
+        return self._trainable
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole parameters."""
+        return self._shapes
+
+    def _take(self, module: nn.Module) -> None:
+        """``module`` is what is trained, whole or in parts that still tell the shape of the whole.
+
+        Raises:
+            TrainingFault: nothing to train, or parameters that are not fp32.
+        """
+        self._inner = module
+        self._trainable = trainable_parameters(module)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
-from trainer.distributed.prepared import prepared, trainable_parameters
+from trainer.distributed.prepared import Prepared, prepared
 from trainer.distributed.ranks import Ranks, choose_accelerator
 from trainer.errors import RunError, TrainingFault
 from trainer_launch.zero import ZeroSpec, deepspeed_config
@@ -34,45 +34,13 @@ from trainer_launch.zero import ZeroSpec, deepspeed_config
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Zero:
+class Zero(Prepared):
     """What the three stages have in common: DeepSpeed's engine, driven by the loop."""
 
     def __init__(self, ranks: Ranks, spec: ZeroSpec, *, clip_norm: float) -> None:
-        self.ranks = ranks
-        self.replicated = False
-        self.in_step = False
+        super().__init__(ranks, replicated=False, in_step=False, clip_norm=clip_norm)
         self._spec = spec
-        self._clip_norm = clip_norm
         self._engine: Any = None
-        self._inner: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._trainable: dict[str, nn.Parameter] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-
-    @property
-    def module(self) -> nn.Module:
-        """DeepSpeed's engine around the inner module."""
-        return prepared(self._engine)
-
-    @property
-    def inner(self) -> nn.Module:
-        """The module as given to ``prepare``."""
-        return prepared(self._inner)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """AdamW as it was made; its parameters are flat partitions now."""
-        return prepared(self._optimizer)
-
-    @property
-    def trainable(self) -> Mapping[str, nn.Parameter]:
-        """By name in ``inner``; in stage 3 parameters that are not gathered have no elements."""
-        return self._trainable
-
-    @property
-    def shapes(self) -> Shapes:
-        """Of the whole parameters."""
-        return self._shapes
 
     @property
     def _zero(self) -> Any:
@@ -86,12 +54,10 @@ class Zero:
             RunError: DeepSpeed is not installed.
             TrainingFault: nothing to train, parameters that are not fp32, or partitions other than planned.
         """
-        self._trainable = trainable_parameters(module)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._trainable.items()}
+        self._take(module)
         stored = {name: (parameter.numel(), parameter.dtype) for name, parameter in module.named_parameters()}
-        self._inner = module
         self._optimizer = make_optimizer(module)
-        self._engine = start_engine(module, self._optimizer, self._spec, device=self.ranks.device)
+        self._module = self._engine = start_engine(module, self._optimizer, self._spec, device=self.ranks.device)
         self._check(stored)
 
     @contextmanager
