@@ -13,7 +13,7 @@ rates; packs are shuffled in every case. Only which documents meet differs:
 Printed: fill, held-out loss (5 % of the documents, the same ones in every run) over seeds and by length of document,
 the variance over steps of the mean log-length of a step's documents, and differences within a seed. Each finished run
 is a line of `--results`; a study that was stopped goes on from there. A CPU trains 2 layers of 128 in minutes, a GPU 8
-of 512; `builtin` is LoRA on SmolLM2-135M-Instruct, and a CPU can show no more than that it runs.
+of 512; `builtin` is LoRA on SmolLM2-135M-Instruct, and a CPU shows little more than that it runs.
 """
 
 import argparse
@@ -45,10 +45,12 @@ from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.distributed.strategy import make_strategy
 from trainer.evaluate.loss import HeldOutLoss, held_out_loss
 from trainer.fingerprint import digest
+from trainer.memory import loss_chunk
 from trainer.model import builtin
 from trainer.model.adapters import attach_lora
 from trainer.model.attention import IMPLEMENTATION, register
-from trainer.model.loss import PackedLoss, chunk_for
+from trainer.model.loss import PackedLoss
+from trainer.model.quiet import without_progress_bars
 from trainer.train.loop import train_step
 from trainer.train.metrics import StepTimer
 from trainer.train.optim import lr_schedule, make_optimizer
@@ -92,7 +94,7 @@ SIZES: dict[tuple[Start, Device], Size] = {
         tokens=300_000,
         epochs=1,
         held_out=60_000,
-        lr=3e-3,
+        lr=1.5e-3,
     ),
     ("scratch", "cuda"): Size(
         layers=8,
@@ -177,9 +179,10 @@ def model_of(start: Start, size: Size, vocabulary: int, pad: int, seed: int, cac
     """The model to train; its random weights depend on ``seed`` alone."""
     torch.manual_seed(seed)
     if start == "builtin":
-        base = AutoModelForCausalLM.from_pretrained(
-            builtin.smollm2(cache), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
-        )
+        with without_progress_bars():
+            base = AutoModelForCausalLM.from_pretrained(
+                builtin.smollm2(cache), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
+            )
         return attach_lora(cast(PreTrainedModel, base), rank=size.rank, alpha=2 * size.rank)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -219,7 +222,9 @@ def train(
     device = ranks.device
     dtype = torch.float32 if device.type == "cpu" and start == "scratch" else torch.bfloat16
     model = model_of(start, size, data.vocabulary, data.pad, seed, cache)
-    loss = PackedLoss(model, chunk=chunk_for(data.vocabulary, device), compute_dtype=dtype)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    chunk = loss_chunk("single", kind, size.capacity, data.vocabulary)
+    loss = PackedLoss(model, chunk=chunk, compute_dtype=dtype)
     strategy = make_strategy("single", ranks, dtype=dtype, clip_norm=1.0)
     decay = 0.1 if start == "scratch" else 0.0
     strategy.prepare(loss, lambda it: make_optimizer(it, lr=size.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay))
