@@ -110,11 +110,6 @@ class FullySharded(Prepared):
             nn.utils.clip_grads_with_norm_(list(self._trainable.values()), self._clip_norm, whole)
         return whole
 
-    @property
-    def may_overflow(self) -> bool:
-        """Never: there is no loss scale, float16 is refused."""
-        return False
-
     def step(self) -> None:
         """Optimizer step on the shards, then clear the gradients."""
         self.optimizer.step()
@@ -129,13 +124,6 @@ class FullySharded(Prepared):
             start, length = shard_of(parameter.shape, rank=self.ranks.rank, world_size=self.ranks.world_size)
             if length:
                 yield Fragment(name, start, tuple(parameter.shape), state["step"], flat)
-
-    def scaler_state(self) -> dict[str, float]:
-        """There is no loss scale."""
-        return {}
-
-    def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """There is no loss scale to set."""
 
     def refresh(self) -> None:
         """Give back what is gathered, so that the next forward pass gathers what was written."""

@@ -92,13 +92,3 @@ class Plain(Prepared):
 
     def refresh(self) -> None:
         """Nothing: the forward pass reads the fragments themselves."""
-
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The parameters as they are."""
-        for name, parameter in self._trainable.items():
-            yield name, parameter.detach() if self.ranks.is_first else None
-
-    @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """Every rank has the whole model anyway."""
-        yield self.inner

@@ -1,6 +1,7 @@
 """What every strategy demands of the module it is given, and of its own user: be trainable, and be prepared first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,8 @@ T = TypeVar("T")
 class Prepared:
     """What a strategy has once its ``prepare`` is done; ``Strategy`` says what it means.
 
-    A subclass sets ``_module`` and ``_optimizer``, and calls ``_take`` for the rest.
+    Without more, all weights are on every rank and there is no loss scale. A subclass sets ``_module`` and
+    ``_optimizer``, and calls ``_take`` for the rest.
     """
 
     def __init__(self, ranks: Ranks, *, replicated: bool, in_step: bool, clip_norm: float) -> None:
@@ -54,6 +56,28 @@ class Prepared:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the whole parameters."""
         return self._shapes
+
+    @property
+    def may_overflow(self) -> bool:
+        """Never, unless there is a loss scale."""
+        return False
+
+    def scaler_state(self) -> dict[str, float]:
+        """There is no loss scale."""
+        return {}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """There is no loss scale to set."""
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The parameters as they are, where every rank has all of them."""
+        for name, parameter in self._trainable.items():
+            yield name, parameter.detach() if self.ranks.is_first else None
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The module as it is, where every rank has all of it."""
+        yield self.inner
 
     def _take(self, module: nn.Module) -> None:
         """``module`` is what is trained, whole or in parts that still tell the shape of the whole.

@@ -16,6 +16,7 @@ and not at a setting.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -31,10 +32,8 @@ from trainer.distributed.ranks import Ranks, choose_accelerator
 from trainer.errors import RunError, TrainingFault
 from trainer_launch.zero import ZeroSpec, deepspeed_config
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-class Zero(Prepared):
+class Zero(Prepared, ABC):
     """What the three stages have in common: DeepSpeed's engine, driven by the loop."""
 
     def __init__(self, ranks: Ranks, spec: ZeroSpec, *, clip_norm: float) -> None:
@@ -81,11 +80,6 @@ class Zero(Prepared):
                 gradient.mul_(factor.to(gradient.device))
         return norm
 
-    @property
-    def may_overflow(self) -> bool:
-        """Never: there is no loss scale, float16 is refused."""
-        return False
-
     def step(self) -> None:
         """Optimizer step on this rank's part; weights are gathered from all ranks where they are whole on each."""
         prepared(self._engine).step()
@@ -102,13 +96,6 @@ class Zero(Prepared):
             tensors = {key: tensor.narrow(0, first, length) for key, tensor in whole.items()}
             yield Fragment(name, start, self._shapes[name], state["step"], tensors)
 
-    def scaler_state(self) -> dict[str, float]:
-        """There is no loss scale."""
-        return {}
-
-    def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """There is no loss scale to set."""
-
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's part of the gradients, averaged over the ranks; live until the step."""
         if not self._spec.offload_optimizer:
@@ -117,13 +104,13 @@ class Zero(Prepared):
             torch.cuda.synchronize(self.ranks.device)  # they are copied to main memory beside the computation
         return [flat.grad for flat in self._partitions() if flat.grad is not None]
 
+    @abstractmethod
     def _partitions(self) -> list[nn.Parameter]:
         """Flat float32 masters that this rank owns, one per group of parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _owned(self, parameter: nn.Parameter) -> tuple[nn.Parameter, int, int, int] | None:
         """(flat partition, first element in it, first element in the flattened parameter, length) of what is owned."""
-        raise NotImplementedError
 
     def _check(self, stored: Mapping[str, tuple[int, torch.dtype]]) -> None:
         """Compare what there is with the plan; ``stored``: elements and dtype of every parameter before."""
@@ -152,16 +139,6 @@ class DividedState(Zero):
     def refresh(self) -> None:
         """Copy the masters into the weights, and those of the other ranks."""
         self._zero.update_lp_params()
-
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The parameters as they are."""
-        for name, parameter in self._trainable.items():
-            yield name, parameter.detach() if self.ranks.is_first else None
-
-    @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """Every rank has the whole model anyway."""
-        yield self.inner
 
     def _partitions(self) -> list[nn.Parameter]:
         return self._zero.single_partition_of_fp32_groups
