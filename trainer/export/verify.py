@@ -68,6 +68,7 @@ In bfloat16: LoRA on the top half of the layers 0.08 to 0.12 (mean 0.02), full f
 layers 2.0 (0.16). That is rounding and nothing else: the last one, merged in float32, differs by 0.00003, and by 1.0
 (0.17) once those weights are rounded. An adapter that is lost makes 12 to 15 (3.4 to 5.8). So this bound proves no
 merge; ``tensors.py`` does.
+Not enough for all: two steps of ``legal_sft``, merged as exactly, gave 2.9 (0.14) and are refused.
 """
 IN_16_BITS: dict[str, float] = {"bfloat16": 2.0, "float16": 0.1}
 """The same where there was no memory for float32, and all was computed in this dtype. bfloat16: 0.75, mean 0.09."""
