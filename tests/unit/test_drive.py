@@ -16,7 +16,7 @@ from drive_fixtures import Driven, driven
 from trainer.drive.environment import commit_of, cpu_of, gpu_names, installed, is_dirty
 from trainer.drive.folder import make_folder
 from trainer.drive.lock import Holder, hold
-from trainer.drive.overview import memory_text
+from trainer.drive.overview import memory_text, waiting_text
 from trainer.drive.prepared import read_prepared, read_schedule
 from trainer.drive.run import do_existing, do_new
 from trainer.drive.space import bytes_needed, gigabytes, model_width, require_space, trained_parameters
@@ -468,6 +468,16 @@ def test_the_width_of_a_model(tmp_path: Path, text: str, width: int) -> None:
     (tmp_path / "config.json").write_text(text)
 
     assert model_width(tmp_path) == width
+
+
+def test_what_is_lost_by_waiting_comes_with_what_helps() -> None:
+    assert "wait 12 % of the time" in waiting_text(0.12, "tokens", by_time=False)
+    assert waiting_text(0.12, "tokens", by_time=False).endswith(
+        "; packing.cost=time makes packs that take equally long"
+    )
+    assert waiting_text(0.001, "tokens", by_time=False).endswith("estimated from the model's shape")
+    assert waiting_text(0.001, "time", by_time=True).endswith("estimated from the model's shape")
+    assert "dealt by time: a document takes longer" in waiting_text(0.12, "time", by_time=False)
 
 
 def test_bytes_for_people() -> None:

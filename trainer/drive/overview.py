@@ -52,14 +52,23 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         ("packs", f"{schedule.packs:,} in an epoch, {100 * schedule.fill:.1f} % filled"),
         ("steps", f"{schedule.steps:,} ({schedule.steps_per_epoch:.1f} in an epoch)"),
         ("tokens per step", f"{schedule.tokens_per_step:,.0f}"),
-        *([] if schedule.waiting is None else [("waiting", waiting_text(schedule.waiting, schedule.by_time))]),
+        *(
+            []
+            if schedule.waiting is None
+            else [("waiting", waiting_text(schedule.waiting, config.packing.cost, schedule.by_time))]
+        ),
         ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
     ]
 
 
-def waiting_text(share: float, by_time: bool) -> str:
-    """What ranks lose to the slowest one, and what to do about it where it is much."""
-    advice = "" if by_time or share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
+def waiting_text(share: float, cost: str, by_time: bool) -> str:
+    """What ranks lose to the slowest one under ``packing.cost``, and what to do about it where it is much.
+
+    ``by_time``: packs are filled by time.
+    """
+    advice = "" if share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
+    if cost == "time":
+        advice = "" if by_time else "; packs of a step are dealt by time: a document takes longer than a pack may"
     return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
 
 
