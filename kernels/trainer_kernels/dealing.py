@@ -49,7 +49,7 @@ def first_runs(runs: Runs, size: int) -> Runs:
 
 
 @compiled
-def survey(source: NDArray[np.integer], target: NDArray[np.integer]) -> tuple[int, int, int]:
+def survey(source: NDArray[np.integer], target: NDArray[np.integer]) -> tuple[np.int64, np.int64, np.int64]:
     """Fill ``target`` with ``source`` (one at least); returns the least, the largest and the sum of ``source``.
 
     What does not fit in ``target`` is cut there: look at the numbers first.

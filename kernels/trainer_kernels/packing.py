@@ -211,7 +211,7 @@ class Packer:
         """Random-fill-close of the documents from place ``first`` of the order on: where packs end, and their sum."""
         order = permuted(len(self._weights), self._seed, epoch, DOCUMENTS, first, first + len(items))
         weights = np.empty(len(order), np.uint32)
-        used = planners.weights_in_order(self._weights, order, weights)
+        used = int(planners.weights_in_order(self._weights, order, weights))
         return planners.random_fill_close(weights, order, self._capacity, self._pool, self._most, items), used
 
     def _plan(self, items: NDArray[np.int32], offsets: NDArray[np.int64], used: int) -> PackPlan:
@@ -310,4 +310,5 @@ def _weighed(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None
 def _surveyed(array: NDArray[np.integer], capacity: int) -> _Weights:
     """``array`` in as few bytes as weights up to ``capacity`` take: they are looked up at random, and that is all."""
     weights: NDArray[Weight] = np.empty(len(array), np.uint16 if capacity < 1 << 16 else np.int32)
-    return _Weights(weights, *dealing.survey(array, weights))
+    least, heaviest, total = dealing.survey(array, weights)
+    return _Weights(weights, int(least), int(heaviest), int(total))

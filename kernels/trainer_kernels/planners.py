@@ -85,7 +85,9 @@ def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], numbe
 
 
 @compiled
-def weights_in_order(weights_of: NDArray[np.integer], order: NDArray[np.int32], weights: NDArray[np.uint32]) -> int:
+def weights_in_order(
+    weights_of: NDArray[np.integer], order: NDArray[np.int32], weights: NDArray[np.uint32]
+) -> np.int64:
     """Fill ``weights`` with ``weights_of[document]`` for the documents of ``order``; returns the sum."""
     total = np.int64(0)
     for place in range(order.size):
