@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from trainer_launch.command import accelerate_config, accelerate_line, torchrun_line
-from trainer_launch.node import NodeResult, run_node
+from trainer_launch.node import run_node
 from trainer_launch.spec import ANY_PORT, LaunchSpec
+from trainer_launch.verdict import NodeResult
 
 PORT_TRIES = 3
 PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer_launch.node import Child
+from trainer_launch.children import Child
 from trainer_launch.spec import LaunchSpec
 
 PRELUDE = """

@@ -18,11 +18,13 @@ from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, stage_inputs
+from trainer_launch.children import Child
 from trainer_launch.command import THREADS
 from trainer_launch.leash import can_leash
-from trainer_launch.node import Child, NodeResult, supervise
+from trainer_launch.node import supervise
 from trainer_launch.run import run, write_hand_files
 from trainer_launch.spec import LaunchSpec
+from trainer_launch.verdict import NodeResult
 
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
