@@ -1,5 +1,6 @@
 """One command for several machines: asks each whether it answers, starts its agent over ssh, sees all to their end."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -7,12 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer_launch.children import Child
-from trainer_launch.machines import node_command, relay_words, remote_line, ssh_words
+from trainer_launch.machines import (
+    FromOutside,
+    from_environment,
+    node_command,
+    relay_words,
+    remote_line,
+    sent_variables,
+    ssh_words,
+)
 from trainer_launch.node import supervise
 from trainer_launch.verdict import NodeResult
 
 ANSWER_SECONDS = 15
 """A machine that has not answered after so long is taken as unreachable."""
+
+
+def told_by_environment() -> FromOutside:
+    """Which machine this is, as far as another launcher's variables say."""
+    return from_environment(os.environ)  # noqa: TID251
 
 
 def unreachable(ssh: Sequence[str], hosts: Sequence[str], *, folder: str, python: str) -> dict[str, str]:
@@ -48,13 +62,14 @@ def run_hosts(
     *,
     ssh: Sequence[str],
     folder: str,
-    variables: dict[str, str],
     log: Callable[[int], Path],
 ) -> NodeResult:
     """Start ``words`` with its ``--node-rank`` in ``folder`` of every host; the first one is node 0.
 
     Lines come with the host before them; ``log`` gives the file that has those of a node. Signals reach every machine.
     """
+
+    variables = sent_variables(os.environ)  # noqa: TID251
 
     def agent(node: int, host: str) -> Child:
         line = remote_line(node_command(words, node), folder=folder, python=sys.executable, variables=variables)

@@ -97,6 +97,11 @@ def node_command(words: Sequence[str], node: int) -> tuple[str, ...]:
     return (*words, "--node-rank", str(node))
 
 
+def shell_line(words: Sequence[str]) -> str:
+    """``words`` as they are typed into a shell."""
+    return shlex.join(words)
+
+
 def sent_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that go to machines behind ssh: paths and networking. No secret does: others could read it."""
     return {name: environment[name] for name in sorted(environment) if _SENT.fullmatch(name)}

@@ -66,6 +66,10 @@ class Seat:
         """See ``node.Peers.listen``."""
         self._line.listen(notify)
 
+    def stop_all(self) -> None:
+        """Have all machines stop, while no rank runs here that would pass on a signal."""
+        self.stop(signal.SIGTERM)
+
     def stop(self, number: signal.Signals) -> None:
         """Have all machines stop."""
         self._wire.send({"stop": number.name})
