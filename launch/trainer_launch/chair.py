@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import os
 import secrets
 import signal
 import socket
@@ -252,7 +253,7 @@ def open_chair(host: str, port: int, nodes: int, token: str) -> Chair:
     except OSError as fault:
         raise MeetingError(
             "cannot listen where the machines are to meet",
-            got=f"{host}:{port}: {fault.strerror or fault}",
+            got=f"{host}:{port}: {os.strerror(fault.errno or 0)}",
             do="another port, launch.address=HOST:PORT on all machines; node 0 has to be the machine of that address",
         ) from None
     return Chair(listener, host=host, nodes=nodes, token=token)

@@ -20,6 +20,7 @@ HERE = "127.0.0.1"
 AGENT = """
 import dataclasses, sys
 sys.path.insert(0, {launch!r})
+from trainer_launch.meeting import Hello
 from trainer_launch.run import run_as_ordered
 from trainer_launch.seat import find_chair
 from trainer_launch.spec import LaunchSpec

@@ -191,8 +191,9 @@ def test_a_killed_agent_is_the_cause_and_nobody_is_left(tmp_path: Path) -> None:
     assert result.cause.startswith("node 1 (two): its agent was killed, or the machine is lost (the connection ")
 
 
-def test_a_killed_node_0_ends_the_other_machine(tmp_path: Path) -> None:
+def test_a_killed_node_0_ends_the_other_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here node 0 is only its connection: it goes away while the rank of node 1 runs."""
+    monkeypatch.setattr("trainer_launch.chair.HANG_UP_SECONDS", 0.1)  # nobody is left to wait for
     ranks = stand_in(tmp_path, "say('ready')\nforever()")
     with chair() as (made, port), agent(ranks, port) as other:
         made.assemble(fit, seconds=60)

@@ -45,7 +45,7 @@ def test_rank_0_that_is_not_there_is_named() -> None:
 
 def test_a_port_in_use_is_named() -> None:
     point = MeetingPoint(host=HERE, port=free_port(HERE))
-    held = dist.TCPStore(HERE, point.port, 1, is_master=True, wait_for_workers=False)
+    held = dist.TCPStore(HERE, point.port, 1, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     with pytest.raises(RunError, match="rank 0 cannot listen") as caught:
         meet(point, 0, 2, seconds=0.2)
     assert "EADDRINUSE" in caught.value.problems[0].got  # what makes the agent try another port
