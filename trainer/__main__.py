@@ -39,6 +39,7 @@ OPTIONS = """\
 Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
+  --node-rank K      launch=torchrun: this machine is node K
   -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
   --version          print the version
   -h, --help         this text
@@ -55,6 +56,7 @@ class Words:
     config_dir: Path | None
     show_config: bool
     multirun: bool
+    node_rank: int | None
     help: bool
     version: bool
 
@@ -75,6 +77,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--node-rank", type=int)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
@@ -94,6 +97,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
         config_dir=found.config_dir,
         show_config=found.cfg == "job",
         multirun=found.multirun,
+        node_rank=found.node_rank,
         help=found.help or verb == "help",
         version=found.version,
     )
@@ -170,7 +174,15 @@ def _existing(words: Words, cwd: Path) -> int:
         )
     for run in words.runs:
         command = shlex.join(["python", "-m", "trainer", words.verb, str(run), *words.overrides])
-        code = do_existing(words.verb, run, words.overrides, cwd=cwd, command=command, show_config=words.show_config)
+        code = do_existing(
+            words.verb,
+            run,
+            words.overrides,
+            cwd=cwd,
+            command=command,
+            show_config=words.show_config,
+            node_rank=words.node_rank,
+        )
         if code != EXIT_DONE:
             return code
     return EXIT_DONE
@@ -188,7 +200,10 @@ def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         if words.show_config:
             console.say(config_text(config).rstrip())
             continue
-        code = do_new(words.verb, config, cwd=cwd, command=command)
+        one = [words.verb, *overrides]
+        if words.config_dir is not None:
+            one += ["--config-dir", str(words.config_dir)]
+        code = do_new(words.verb, config, cwd=cwd, command=command, words=one, node_rank=words.node_rank)
         if code != EXIT_DONE:
             return code
     return EXIT_DONE

@@ -261,8 +261,21 @@ class ParallelConfig:
 class LaunchConfig:
     """Where the ranks are started."""
 
-    name: Literal["local"] = "local"
-    """``local``: on this machine."""
+    name: Literal["local", "torchrun"] = "local"
+    """``local``: on this machine. ``torchrun``: on several machines that share the run folder and the cache; prints one
+    command for each, or starts them all over ssh with ``hosts``."""
+    nodes: Count | None = None
+    """torchrun: machines; null: as many as ``hosts``, or what PET_NNODES or NNODES says."""
+    address: str | None = None
+    """torchrun: where the machines meet: HOST or HOST:PORT of node 0 (port 29500 if left out); null: the first of
+    ``hosts``, what PET_MASTER_ADDR or MASTER_ADDR says, or this machine when commands are printed."""
+    hosts: list[str] = field(default_factory=list[str])
+    """torchrun: start every machine's part over ssh (HOST or USER@HOST, keys only); the first one is node 0."""
+    ssh: list[str] = field(default_factory=lambda: ["ssh"])
+    """The ssh command and its options, for ``hosts``: ``[ssh, -p, "2222"]``."""
+    meet_seconds: Count | None = None
+    """How long machines and ranks wait for those that are missing; null: 300 for machines that are started by hand, 30
+    for those that ``hosts`` starts, and for ranks."""
     processes: Count | None = None
     """Ranks on a machine; null: one per visible GPU, or one on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -7,6 +7,7 @@ an edited one is never mistaken for its old self. Nothing here imports torch, so
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -97,6 +98,17 @@ def data_files(path: Path) -> list[Path]:
         for entry in path.iterdir()
         if entry.is_file() and not entry.name.startswith(".") and entry.name.lower().endswith(DATA_EXTENSIONS)
     )
+
+
+def code_digest() -> str:
+    """Return a digest of this program's own source, none of which is imported for that."""
+    sources: list[tuple[str, str, str]] = []
+    for name in ("trainer", "trainer_kernels", "trainer_launch"):
+        found = find_spec(name)
+        for folder in (found and found.submodule_search_locations) or []:
+            files = sorted(Path(folder).rglob("*.py"))
+            sources += [(name, file.relative_to(folder).as_posix(), file_digest(file)) for file in files]
+    return digest(sources)
 
 
 def package_digest(name: str) -> str:

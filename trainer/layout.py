@@ -30,6 +30,7 @@ class Layout:
     """Where the ranks run and how a batch is divided among them."""
 
     device: Literal["cpu", "cuda"]
+    nodes: int
     processes: int
     threads: int
     strategy: StrategyName
@@ -62,7 +63,9 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
                 do="model.dtype=auto",
             )
         )
-    if config.parallel.name != "auto" and processes == 1:
+    nodes = launch.nodes or 1
+    world = nodes * processes
+    if config.parallel.name != "auto" and world == 1:
         problems.append(
             Problem(
                 what="needs at least two ranks",
@@ -75,15 +78,16 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
     if config.parallel.name.startswith("zero"):
         problems.extend(_zero_problems(config, device, devices))
     packs = batch_packs(config)
-    if packs % processes:
-        problems.append(_remainder(config, packs, processes))
+    if packs % world:
+        problems.append(_remainder(config, packs, nodes, processes))
     return Layout(
         device=device,
+        nodes=nodes,
         processes=processes,
         threads=launch.threads or max(1, devices.cores // processes),
-        strategy=_strategy(config, processes),
+        strategy=_strategy(config, world),
         batch_packs=packs,
-        accumulation=max(1, packs // processes),
+        accumulation=max(1, packs // world),
     )
 
 
@@ -110,9 +114,9 @@ def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Pr
             )
 
 
-def _strategy(config: Config, processes: int) -> StrategyName:
+def _strategy(config: Config, world: int) -> StrategyName:
     """Return what the ranks do: as configured, and DDP where the choice is left open."""
-    if processes == 1:
+    if world == 1:
         return "single"
     return "ddp" if config.parallel.name == "auto" else config.parallel.name
 
@@ -127,19 +131,21 @@ def batch_packs(config: Config) -> int:
     return DEFAULT_BATCH_PACKS
 
 
-def _remainder(config: Config, packs: int, world: int) -> Problem:
+def _remainder(config: Config, packs: int, nodes: int, processes: int) -> Problem:
     """Explain a global batch that does not divide among the ranks, with the numbers that would."""
+    world = nodes * processes
     below, above = packs // world * world, -(-packs // world) * world
     fitting = [number for number in (below, above) if number]
     in_tokens = config.optim.batch_tokens is not None
     key, unit = ("batch_tokens", config.packing.capacity) if in_tokens else ("batch_packs", 1)
-    ranks = [number for number in range(world - 1, 0, -1) if packs % number == 0]
+    fewer = [number for number in range(processes - 1, 0, -1) if packs % (nodes * number) == 0]
     return Problem(
         what="the global batch does not divide among the ranks",
         where=f"optim.{key}",
-        got=f"{packs} packs for {world} ranks",
+        got=f"{packs} packs for {world} ranks" + (f" ({nodes} machines)" if nodes > 1 else ""),
         allowed=f"a multiple of {world * unit}",
-        do=" or ".join(f"optim.{key}={number * unit}" for number in fitting) + f", or launch.processes={ranks[0]}",
+        do=" or ".join(f"optim.{key}={number * unit}" for number in fitting)
+        + "".join(f", or launch.processes={number}" for number in fewer[:1]),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.console import run_and_leave
+from trainer.distributed.preflight import MEET_SECONDS
 from trainer.distributed.ranks import start_ranks
 from trainer.fingerprint import digest
 from trainer.markers import BY_RANKS, is_current
@@ -42,7 +43,12 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
     """
     plan, prepared = read_inputs(folder, stages)
     with StopFlag() as stop:
-        ranks = start_ranks(device=plan.device, world_size=plan.world_size, threads=plan.threads)
+        ranks = start_ranks(
+            device=plan.device,
+            world_size=plan.world_size,
+            threads=plan.threads,
+            meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
+        )
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
             job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)

@@ -13,29 +13,24 @@ publishing a checkpoint. What happens here instead:
 - The first rank that failed is the cause, unless all it says is that it lost a peer and another failed by itself too.
 - All output of a rank goes to its log; that of the first rank is passed on line by line as well.
 - When this process is killed, the kernel ends the ranks (``leash.py``).
+- With several machines, ``Peers`` is the line to the other agents (``meeting.py``): a signal here is a signal there, a
+  failure there ends the ranks here.
 """
 
-import os
-import re
-import shlex
 import signal
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from io import FileIO
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import IO
+from typing import Protocol
 
-from trainer_launch import leash
-from trainer_launch.command import rank_arguments, rank_environment, without_foreign
+from trainer_launch import children
+from trainer_launch.children import Child, Running
+from trainer_launch.command import rank_arguments, rank_environment
 from trainer_launch.spec import LaunchSpec
+from trainer_launch.verdict import STOPPED, Failed, NodeResult, blame, has_failed
 
-STOPPED = 75
 INTERRUPTED = 128 + signal.SIGINT
 GRACE_SECONDS = 30.0
 """The other ranks are gone this long after one failed."""
@@ -48,36 +43,42 @@ FORWARDED = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,
 }
-LOST_PEER = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote (process|error)|lost connection|failed to recv"
-    r"|recvvalue failed|waitforinput|timed out|ncclremoteerror|distbackenderror|disterror",
-    re.IGNORECASE,
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeResult:
-    """``exit_code``: 0, 75, 76, that of the first rank that failed, or 128 + the signal that ended it.
+@dataclass(frozen=True, slots=True)
+class StopThere:
+    """Another machine got a signal that asks all ranks to stop in good order."""
 
-    ``cause``: one line, empty when all is done. ``log``: the log of that rank, when one is to blame. ``shown``: its
-    output was passed on already.
-    """
-
-    exit_code: int
-    cause: str = ""
-    log: str = ""
-    shown: bool = False
+    number: signal.Signals
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Child:
-    """One process to start. ``variables`` are added to this process's environment; ``shown``: pass its lines on."""
+@dataclass(frozen=True, slots=True)
+class FailureThere:
+    """Ranks failed on another machine, or it is gone; those here are gone ``grace`` seconds from now."""
 
-    name: str
-    arguments: tuple[str, ...]
-    variables: dict[str, str]
-    log: Path
-    shown: bool
+    cause: str
+    grace: float = GRACE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherEnded:
+    """The machine of rank 0 is done; what still runs here has nothing to wait for."""
+
+
+PeerNews = StopThere | FailureThere | PublisherEnded
+
+
+class Peers(Protocol):
+    """The other machines, as the agent of this one sees them."""
+
+    def listen(self, notify: Callable[[PeerNews], None] | None) -> None:
+        """Call ``notify``, from any thread, for all news from now on and for a stop that came before; None: nobody."""
+
+    def stop(self, number: signal.Signals) -> None:
+        """This machine got a signal that asks all ranks to stop."""
+
+    def failure(self) -> None:
+        """A rank of this machine has failed; which one and why is in the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +96,18 @@ class _Signal:
     number: signal.Signals
 
 
-_Event = _Line | _Exit | _Signal
+_Event = _Line | _Exit | _Signal | PeerNews
 
 
-@dataclass(slots=True)
-class _Running:
-    child: Child
-    process: subprocess.Popen[bytes]
-    log_start: int
-    reader: threading.Thread | None
-    waiter: threading.Thread
-    code: int | None = None
-    was_ended: bool = False
-
-
-def run_node(spec: LaunchSpec, on_line: Callable[[str], None], *, keep_open: Sequence[int] = ()) -> NodeResult:
+def run_node(
+    spec: LaunchSpec, on_line: Callable[[str], None], *, keep_open: Sequence[int] = (), peers: Peers | None = None
+) -> NodeResult:
     """Start this machine's ranks and wait for their end. Rank lines go to ``on_line``, called from this thread.
 
     ``keep_open``: file descriptors that the ranks inherit (the run's lock: it stays taken until the last rank is gone).
     Must be called from the main thread, which receives the signals.
     """
-    children = [
+    ranks = [
         Child(
             name=f"rank {spec.rank(local)}",
             arguments=rank_arguments(spec),
@@ -125,55 +117,82 @@ def run_node(spec: LaunchSpec, on_line: Callable[[str], None], *, keep_open: Seq
         )
         for local in range(spec.processes)
     ]
-    return supervise(children, on_line, keep_open=keep_open)
+    return supervise(ranks, on_line, keep_open=keep_open, peers=peers)
 
 
 def supervise(
-    children: Sequence[Child],
+    started: Sequence[Child],
     on_line: Callable[[str], None],
     *,
     keep_open: Sequence[int] = (),
     grace: float = GRACE_SECONDS,
+    peers: Peers | None = None,
 ) -> NodeResult:
-    """Start ``children`` together and see them through to their end (see the module's words)."""
-    return _Supervisor(children, on_line, tuple(keep_open), grace).run()
+    """Start children together and see them through to their end (see the module's words)."""
+    return _Supervisor(started, on_line, tuple(keep_open), grace, peers).run()
 
 
 class _Supervisor:
     def __init__(
-        self, children: Sequence[Child], on_line: Callable[[str], None], keep_open: tuple[int, ...], grace: float
+        self,
+        started: Sequence[Child],
+        on_line: Callable[[str], None],
+        keep_open: tuple[int, ...],
+        grace: float,
+        peers: Peers | None,
     ) -> None:
-        self._children = children
+        self._children = started
         self._on_line = on_line
         self._keep_open = keep_open
         self._grace = grace
+        self._peers = peers
         self._events: SimpleQueue[_Event] = SimpleQueue()
-        self._running: list[_Running] = []
-        self._ended: list[_Running] = []  # in the order in which they ended
+        self._running: list[Running] = []
+        self._ended: list[Running] = []  # in the order in which they ended
         self._stop: signal.Signals | None = None
+        self._stopped_here = False
         self._at_once = False
+        self._failure_there = ""
         self._ask_at: float | None = None
         self._kill_at: float | None = None
         self._linger_until: float | None = None
+        self._linger_after = ""
 
     def run(self) -> NodeResult:
         heeded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup, ``&``
         previous = {number: signal.signal(number, self._on_signal) for number in heeded}
         try:
-            for index, child in enumerate(self._children):
-                self._running.append(self._start(index, child))
+            self._start()
+            if self._peers is not None:
+                self._peers.listen(self._events.put)
             while len(self._ended) < len(self._running):
                 self._handle(self._next_event())
                 self._enforce()
             self._drain()
             return self._result()
         finally:
+            if self._peers is not None:
+                self._peers.listen(None)
             for running in self._running:
                 if running.code is None:
-                    _kill_session(running.process.pid)
+                    children.kill_session(running.process.pid)
                     running.process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _start(self) -> None:
+        foreign = children.foreign_variables()
+        if foreign:
+            self._on_line(f"warning: not passed on, because the run's config decides: {', '.join(foreign)}")
+        for index, child in enumerate(self._children):
+            self._running.append(
+                children.start(
+                    child,
+                    on_line=lambda text: self._events.put(_Line(text)),
+                    on_exit=lambda ended=_Exit(index): self._events.put(ended),
+                    keep_open=self._keep_open,
+                )
+            )
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -190,33 +209,60 @@ class _Supervisor:
             return None
 
     def _handle(self, event: _Event | None) -> None:
-        if isinstance(event, _Line):
-            self._on_line(event.text)
-        elif isinstance(event, _Signal):
-            self._forward(event.number)
-        elif isinstance(event, _Exit):
-            self._finish(self._running[event.index])
+        match event:
+            case None:
+                return
+            case _Line(text):
+                self._on_line(text)
+            case _Exit(index):
+                self._finish(self._running[index])
+            case _Signal(number):
+                self._forward(number)
+            case StopThere(number):
+                if self._stop is None:  # one signal reaches all machines of a job; the copy of it is no second Ctrl-C
+                    self._on_line(f"another machine got {number.name}: stopping in good order")
+                    self._pass_on(number)
+            case FailureThere(cause, grace):
+                self._failure_there = self._failure_there or cause
+                self._end_within(min(grace, self._grace))
+            case PublisherEnded():
+                self._linger("the machine of rank 0")
 
     def _forward(self, number: signal.Signals) -> None:
-        if self._stop is not None and number == signal.SIGINT:
+        if self._stopped_here and number == signal.SIGINT:
             self._at_once = True
             self._end_all(signal.SIGKILL)
             return
         if self._stop is None:
             self._on_line("stopping in good order; Ctrl-C once more ends everything at once")
-        self._stop = FORWARDED[number]
-        for running in self._alive():
-            running.process.send_signal(self._stop)
+            if self._peers is not None:
+                self._peers.stop(FORWARDED[number])
+        self._stopped_here = True
+        self._pass_on(FORWARDED[number])
 
-    def _finish(self, running: _Running) -> None:
-        _kill_session(running.process.pid)  # what it may have left behind; it is not reaped yet, so the id is its own
+    def _pass_on(self, number: signal.Signals) -> None:
+        self._stop = number
+        for running in self._alive():
+            running.process.send_signal(number)
+
+    def _finish(self, running: Running) -> None:
+        children.kill_session(running.process.pid)  # what it may have left behind; not reaped yet, so the id is its own
         running.code = running.process.wait()
         self._ended.append(running)
-        if _failed(running.code) and not running.was_ended and self._kill_at is None:
+        if has_failed(running.code) and not running.was_ended and self._kill_at is None:
+            self._end_within(self._grace)
+            if self._peers is not None:
+                self._peers.failure()
+        elif running is self._running[0] and not has_failed(running.code):
+            self._linger(running.child.name)
+
+    def _linger(self, after: str) -> None:
+        self._linger_until, self._linger_after = time.monotonic() + self._grace, after
+
+    def _end_within(self, seconds: float) -> None:
+        if self._kill_at is None:
             now = time.monotonic()
-            self._ask_at, self._kill_at = now + min(SETTLE_SECONDS, self._grace / 4), now + self._grace
-        elif running is self._running[0] and not _failed(running.code):
-            self._linger_until = time.monotonic() + self._grace
+            self._ask_at, self._kill_at = now + min(SETTLE_SECONDS, seconds / 4), now + seconds
 
     def _enforce(self) -> None:
         now = time.monotonic()
@@ -229,67 +275,20 @@ class _Supervisor:
         if self._linger_until is not None and now >= self._linger_until:
             self._linger_until = None
             for running in self._alive():
-                first = self._running[0].child.name
-                self._on_line(f"warning: {running.child.name} did not end {self._grace:.0f} s after {first}; ended it")
+                late = f"{running.child.name} did not end {self._grace:.0f} s after {self._linger_after}"
+                self._on_line(f"warning: {late}; ended it")
             self._end_all(signal.SIGKILL)
 
-    def _alive(self) -> list[_Running]:
+    def _alive(self) -> list[Running]:
         return [running for running in self._running if running.code is None]
 
     def _end_all(self, number: signal.Signals) -> None:
         for running in self._alive():
             running.was_ended = True
             if number == signal.SIGKILL:
-                _kill_session(running.process.pid)
+                children.kill_session(running.process.pid)
             else:
                 running.process.send_signal(number)
-
-    # -- processes -------------------------------------------------------------------------------------------------
-
-    def _start(self, index: int, child: Child) -> _Running:
-        environment, foreign = without_foreign(os.environ)  # noqa: TID251
-        if foreign and index == 0:
-            self._on_line(f"warning: not passed on, because the run's config decides: {', '.join(foreign)}")
-        child.log.parent.mkdir(parents=True, exist_ok=True)
-        log = child.log.open("ab", buffering=0)  # with a buffer, closing it on a full disk would fail once more
-        stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-        log.write(f"=== {stamp} {child.name}: {shlex.join(child.arguments)}\n".encode())
-        start = log.tell()
-        process = subprocess.Popen(
-            [child.arguments[0], "-I", "-S", leash.__file__, str(os.getpid()), *child.arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if child.shown else log,
-            stderr=subprocess.STDOUT,
-            env={**environment, **child.variables},
-            start_new_session=True,
-            pass_fds=self._keep_open,
-        )
-        reader = None
-        if process.stdout is not None:
-            reader = threading.Thread(target=self._read, args=(process.stdout, log), daemon=True)
-            reader.start()
-        else:
-            log.close()
-        waiter = threading.Thread(target=self._wait, args=(index, process.pid), daemon=True)
-        waiter.start()
-        return _Running(child, process, start, reader, waiter)
-
-    def _read(self, pipe: IO[bytes], log: FileIO) -> None:
-        writable = True
-        with pipe, log:
-            for raw in pipe:
-                try:
-                    if writable:
-                        log.write(raw)
-                except OSError as fault:  # a full disk: the pipe has to be read on, or the rank would hang
-                    writable = False
-                    self._events.put(_Line(f"warning: {log.name} is not written any further: {fault.strerror}"))
-                text = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-                self._events.put(_Line(text.rsplit("\r", 1)[-1]))  # a bar drawn with \r: its last state
-
-    def _wait(self, index: int, pid: int) -> None:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # left for ``_finish`` to reap
-        self._events.put(_Exit(index))
 
     def _drain(self) -> None:
         for running in self._running:
@@ -314,51 +313,21 @@ class _Supervisor:
         )
         if stopped_early and self._stop is not None:
             return NodeResult(exit_code=STOPPED, cause=f"stopped by {self._stop.name}")
-        failed = [running for running in self._ended if _failed(running.code) and not running.was_ended]
+        failed = [
+            Failed(
+                name=running.child.name,
+                code=running.code,
+                log=running.child.log,
+                log_start=running.log_start,
+                shown=running.child.shown,
+            )
+            for running in self._ended
+            if running.code is not None and has_failed(running.code) and not running.was_ended
+        ]
         if failed:
-            return self._blame(failed)
+            return blame(failed)
+        if self._failure_there:
+            return NodeResult(exit_code=1, cause=self._failure_there, lost_peer=True)
         if any(running.code == STOPPED for running in self._ended):
             return NodeResult(exit_code=STOPPED, cause="stopped in good order")
         return NodeResult(exit_code=0)
-
-    def _blame(self, failed: list[_Running]) -> NodeResult:
-        words = [(running, last_words(running.child.log, running.log_start)) for running in failed]
-        own = [(running, said) for running, said in words if not LOST_PEER.search(said)]
-        first, said = (own or words)[0]
-        same = [running for running, other in words if other == said and running.child.shown]
-        running = same[0] if same else first  # all ranks found the same fault: the user has read it already
-        code = running.code if running.code is not None else 1
-        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        detail = f": {said}" if said else ""
-        return NodeResult(
-            exit_code=code if code > 0 else 128 - code,
-            cause=f"{running.child.name} {how}{detail} (log: {running.child.log})",
-            log=str(running.child.log),
-            shown=running.child.shown,
-        )
-
-
-def last_words(log: Path, start: int) -> str:
-    """The line after byte ``start`` of ``log`` that says most about the end: the last error, else the last line."""
-    with log.open("rb") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        handle.seek(max(start, size - 64 * 1024))
-        lines = [line for line in handle.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors[-1] if errors else lines[-1] if lines else "").strip()
-
-
-def _failed(code: int | None) -> bool:
-    return code not in (0, STOPPED, None)
-
-
-def _signal_name(number: int) -> str:
-    name = signal.Signals(number).name
-    return f"{name} (out of memory, or killed by someone)" if number == signal.SIGKILL else name
-
-
-def _kill_session(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from trainer_launch.chair import Chair
 from trainer_launch.command import accelerate_config, accelerate_line, torchrun_line
-from trainer_launch.node import NodeResult, run_node
+from trainer_launch.node import run_node
+from trainer_launch.seat import Seat
 from trainer_launch.spec import ANY_PORT, LaunchSpec
+from trainer_launch.verdict import NodeResult
+from trainer_launch.wire import Message
 
 PORT_TRIES = 3
 PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
@@ -34,6 +38,31 @@ def run(spec: LaunchSpec, on_line: Callable[[str], None], *, keep_open: Sequence
             return result
         on_line(f"warning: port {port} was taken meanwhile; starting the ranks again with another one")
     raise AssertionError("the last try returns")
+
+
+def run_together(
+    spec: LaunchSpec, chair: Chair, on_line: Callable[[str], None], *, keep_open: Sequence[int] = ()
+) -> NodeResult:
+    """``run`` for node 0 of several machines: every machine starts its ranks, and the whole has one end.
+
+    The port at which the ranks meet is a free one of this machine; the port of the spec is where the agents met.
+    """
+    for attempt in range(1, PORT_TRIES + 1):
+        port = free_port("")
+        chair.start_ranks({"port": port, "arguments": list(spec.arguments)})
+        own = dataclasses.replace(spec, master_port=port)
+        result = chair.conclude(run_node(own, on_line, keep_open=keep_open, peers=chair))
+        if attempt == PORT_TRIES or not PORT_TAKEN.search(result.cause):
+            return result
+        on_line(f"warning: port {port} was taken meanwhile; starting the ranks again with another one")
+    raise AssertionError("the last try returns")
+
+
+def run_as_ordered(spec: LaunchSpec, seat: Seat, order: Message, on_line: Callable[[str], None]) -> None:
+    """Start this machine's ranks as node 0 wants, and report how they ended."""
+    arguments = tuple(str(word) for word in order["arguments"])
+    own = dataclasses.replace(spec, master_port=int(order["port"]), arguments=arguments)
+    seat.report(run_node(own, on_line, peers=seat))
 
 
 def write_hand_files(spec: LaunchSpec, folder: Path, *, device: Literal["cpu", "cuda"]) -> list[str]:

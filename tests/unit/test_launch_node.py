@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from launch_fixtures import Gone, StandIn, stand_in
 
-from trainer_launch.node import NodeResult, last_words, run_node, supervise
+from trainer_launch.node import run_node, supervise
+from trainer_launch.verdict import NodeResult, last_words
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

@@ -8,6 +8,7 @@ The environment is read here and nowhere else in the trainer: the variables that
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -17,7 +18,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+from trainer.distributed.preflight import (
+    MEET_SECONDS,
+    check_sum,
+    meet,
+    meeting_point,
+    no_longer_than,
+    require_same_code,
+)
 from trainer.errors import RunError, TrainingFault
+from trainer.fingerprint import code_digest
 
 T = TypeVar("T")
 
@@ -122,16 +132,25 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int | None = None) -> Ranks:
+def start_ranks(
+    *,
+    device: Literal["cpu", "cuda"],
+    world_size: int,
+    threads: int | None = None,
+    meet_seconds: float = MEET_SECONDS,
+) -> Ranks:
     """Join the group of ranks, and check that it is the one that was planned.
 
     Args:
         device: where every rank computes; on CUDA, rank ``LOCAL_RANK`` takes the GPU of that number.
         world_size: ranks of the plan.
         threads: CPU threads of this rank; None leaves them alone.
+        meet_seconds: how long to wait for ranks that are missing, and again for a first sum over all of them.
 
     Raises:
-        RunError: started with another number of processes, or the device is not there.
+        RunError: started with another number of processes, the device is not there, ranks are missing (named) or have
+            other code.
+        TrainingFault: the ranks cannot compute together.
     """
     launched = launched_as()
     if launched.world_size != world_size:
@@ -158,9 +177,18 @@ def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int
         if device == "cuda":
             torch.cuda.set_device(launched.local_rank)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, rank=launched.rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        store = meet(meeting_point(ENVIRONMENT), launched.rank, world_size, seconds=meet_seconds)
+        with no_longer_than(meet_seconds, launched.rank):
+            dist.init_process_group(
+                backend, store=store, rank=launched.rank, world_size=world_size, timeout=GROUP_TIMEOUT
+            )
+            check_sum(
+                launched.rank, world_size, torch.device(device, launched.local_rank) if device == "cuda" else None
+            )
     ranks = Ranks(_accelerator(device))
     _check_group(ranks, device, world_size)
+    if world_size > 1:
+        require_same_code(ranks.gather((socket.gethostname(), code_digest(), torch.__version__)))
     return ranks
 
 

@@ -13,11 +13,12 @@ from trainer.config import Config
 from trainer.drive.environment import usable_cores
 from trainer.drive.folder import make_folder, require_same_identity, write_inputs
 from trainer.drive.lock import hold
+from trainer.drive.machines import Typed, chaired, find_place, follow, start_all
 from trainer.drive.overview import show_end, show_plan, show_start
 from trainer.drive.prepared import read_prepared, read_schedule
-from trainer.drive.stages import DriverJob, Programs, mark_done, pending, run_stages
+from trainer.drive.stages import DriverJob, Programs, launch_spec, mark_done, pending, run_stages
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
-from trainer.markers import STAGES, read_marker
+from trainer.markers import BY_RANKS, STAGES, read_marker
 from trainer.paths import RunFolder
 from trainer.plan import Devices, RunPlan, load_plan, make_plan
 from trainer_launch.devices import visible_gpus
@@ -50,13 +51,25 @@ VERBS = {
 PROGRAMS = Programs()
 
 
-def do_new(verb: str, config: Config, *, cwd: Path, command: str, programs: Programs = PROGRAMS) -> int:
-    """Do ``verb`` for the run that ``config`` means, new or not; gives the exit code. ``command``: what was typed.
+def do_new(
+    verb: str,
+    config: Config,
+    *,
+    cwd: Path,
+    command: str,
+    words: Sequence[str] = (),
+    node_rank: int | None = None,
+    programs: Programs = PROGRAMS,
+) -> int:
+    """Do ``verb`` for the run that ``config`` means, new or not; gives the exit code.
+
+    ``command``: what was typed; ``words``: what means this one run, after ``python -m trainer``. ``node_rank``: which
+    of several machines this is, None when nobody said.
 
     Raises:
         TrimtabError: everything that stops a run before or after its processes.
     """
-    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command, programs)
+    return _do_here(verb, config, Typed(command, tuple(words), node_rank, cwd), programs)
 
 
 def do_existing(
@@ -67,6 +80,7 @@ def do_existing(
     cwd: Path,
     command: str,
     show_config: bool = False,
+    node_rank: int | None = None,
     programs: Programs = PROGRAMS,
 ) -> int:
     """Do ``verb`` for the run in the folder ``run``, with its own config and ``overrides`` (key=value) on top.
@@ -86,7 +100,26 @@ def do_existing(
         return EXIT_DONE
     if verb == "verify" and not overrides:
         return _do(verb, dataclasses.replace(stored, run_dir=str(root)), command, programs)
-    return _do(verb, make_plan(config, devices=_devices(config), cwd=cwd), command, programs)
+    words = (verb, str(root), *overrides)
+    return _do_here(verb, config, Typed(command, words, node_rank, cwd), programs)
+
+
+def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int:
+    """Do what falls to this machine: everything, node 0's part, another node's, or saying what to type on each."""
+    together = any(stage in BY_RANKS for stage in VERBS[verb].stages)
+    place = find_place(config, typed, together=together)
+    if place.only_starts:
+        plan = make_plan(place.config, devices=_assumed_devices(place.config), cwd=typed.cwd)
+        return start_all(plan, typed)
+    if place.node:
+        return follow(
+            lambda: make_plan(place.config, devices=_devices(place.config), cwd=typed.cwd),
+            place,
+            lambda plan: launch_spec(plan, programs, (), node=place.node),
+            verb,
+            VERBS[verb].stages,
+        )
+    return _do(verb, make_plan(place.config, devices=_devices(place.config), cwd=typed.cwd), typed.command, programs)
 
 
 def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
@@ -100,10 +133,13 @@ def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
             folder.done.unlink(missing_ok=True)
             write_inputs(folder, plan)
             show_start(plan, folder, todo)
-        job = DriverJob(plan=plan, folder=folder, lock=lock, command=command, programs=programs)
-        code = run_stages(job, VERBS[verb].stages)
-        if code != EXIT_DONE:
-            return code
+        with chaired(plan, folder, todo) as chair:
+            job = DriverJob(plan=plan, folder=folder, lock=lock, command=command, programs=programs, chair=chair)
+            code = run_stages(job, VERBS[verb].stages)
+            if code != EXIT_DONE:
+                return code
+            if chair is not None:
+                chair.ends_with(EXIT_DONE)
         _finish(verb, plan, folder, was_done=not todo)
     return EXIT_DONE
 
@@ -159,6 +195,13 @@ def _with_overrides(config: Config, overrides: Sequence[str], cwd: Path) -> Conf
         stored.parent.mkdir()
         stored.write_text(f"# @package _global_\n{config_text(config)}", encoding="utf-8")
         return compose(["experiment=stored", *overrides], config_dir=Path(folder), cwd=cwd)
+
+
+def _assumed_devices(config: Config) -> Devices:
+    """What to plan with where nothing will run: the machines have the GPUs that are asked for, if this one has none."""
+    here = _devices(config)
+    wanted = 0 if config.launch.device == "cpu" else max(here.gpus, config.launch.processes or 1)
+    return dataclasses.replace(here, gpus=wanted)
 
 
 def _devices(config: Config) -> Devices:

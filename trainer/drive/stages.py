@@ -7,7 +7,7 @@ process that ends well without leaving its markers is an error: nothing is taken
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,11 +18,15 @@ from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, stage_inputs
+from trainer_launch.chair import Chair
+from trainer_launch.children import Child
 from trainer_launch.command import THREADS
 from trainer_launch.leash import can_leash
-from trainer_launch.node import Child, NodeResult, supervise
-from trainer_launch.run import run, write_hand_files
+from trainer_launch.machines import parse_address
+from trainer_launch.node import supervise
+from trainer_launch.run import run, run_together, write_hand_files
 from trainer_launch.spec import LaunchSpec
+from trainer_launch.verdict import NodeResult
 
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
@@ -40,13 +44,17 @@ class Programs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverJob:
-    """A run that this process holds the lock of (``lock``: its descriptor); ``command`` is what the user typed."""
+    """A run that this process holds the lock of (``lock``: its descriptor); ``command`` is what the user typed.
+
+    ``chair``: the meeting with the other machines, for a run on several.
+    """
 
     plan: RunPlan
     folder: RunFolder
     lock: int
     command: str
     programs: Programs
+    chair: Chair | None = None
 
 
 def pending(plan: RunPlan, folder: RunFolder, wanted: Sequence[str]) -> list[str]:
@@ -91,17 +99,20 @@ def mark_done(folder: RunFolder, identity: str) -> None:
     write_atomic(folder.done, f"{identity} {datetime.now(UTC).isoformat(timespec='seconds')}\n")
 
 
-def launch_spec(job: DriverJob, stages: Sequence[str]) -> LaunchSpec:
-    """What the agent starts for ``stages``."""
-    return LaunchSpec(
-        run_dir=str(job.folder.root),
-        module=job.programs.ranks,
-        arguments=(str(job.folder.root), "--stages", ",".join(stages)),
-        processes=job.plan.processes,
-        threads=job.plan.threads,
+def launch_spec(plan: RunPlan, programs: Programs, stages: Sequence[str], *, node: int = 0) -> LaunchSpec:
+    """What the agent of ``node`` starts for ``stages``."""
+    spec = LaunchSpec(
+        run_dir=plan.run_dir,
+        module=programs.ranks,
+        arguments=(plan.run_dir, "--stages", ",".join(stages)),
+        processes=plan.processes,
+        threads=plan.threads,
         python=sys.executable,
-        nodes=job.plan.nodes,
     )
+    meeting = parse_address(plan.config.launch.address or "")
+    if plan.nodes == 1 or meeting is None:
+        return spec
+    return replace(spec, nodes=plan.nodes, node_rank=node, master_addr=meeting.host, master_port=meeting.port)
 
 
 def _run_alone(job: DriverJob, stage: str, module: str) -> int:
@@ -113,12 +124,12 @@ def _run_alone(job: DriverJob, stage: str, module: str) -> int:
         shown=True,
     )
     with console.Relay() as show:
-        result = supervise([child], show, keep_open=(job.lock,))
+        result = supervise([child], show, keep_open=(job.lock,), peers=job.chair)
     return _judge(job, result, [stage])
 
 
 def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
-    spec = launch_spec(job, stages)
+    spec = launch_spec(job.plan, job.programs, stages)
     by_hand = job.folder.launch / "by_hand.txt"
     lines = write_hand_files(spec, job.folder.launch, device=job.plan.device)
     by_hand.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -127,11 +138,16 @@ def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
     if not can_leash():
         console.warn("on this system the ranks go on by themselves should this process be killed with SIGKILL")
     with console.Relay() as show:
-        result = run(spec, show, keep_open=(job.lock,))
+        if job.chair is not None:
+            result = run_together(spec, job.chair, show, keep_open=(job.lock,))
+        else:
+            result = run(spec, show, keep_open=(job.lock,))
     return _judge(job, result, stages)
 
 
 def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
+    if job.chair is not None:
+        job.chair.ends_with(result.exit_code, result.cause)
     if result.exit_code == EXIT_DONE:
         _require_markers(job, stages)
         return EXIT_DONE
