@@ -173,7 +173,8 @@ def make(trial: Trial) -> tuple[Any, Any]:
     config._attn_implementation = IMPLEMENTATION
     torch.manual_seed(0)
     with torch.device(trial.device):
-        model: Any = LlamaForCausalLM(config).to(torch.float32 if trial.method == "full" else dtype)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(torch.float32 if trial.method == "full" else dtype)
     if trial.method == "lora":
         layers = range(trial.from_layer, shape.layers)
         model = attach_lora(model, rank=RANK, alpha=2 * RANK, targets=trial.targets, layers=layers)

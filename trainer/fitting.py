@@ -47,6 +47,7 @@ class Candidate:
         if self.strategy == "fsdp":
             words += [] if parallel.reshard_after_forward else ["layers kept"]
             words += ["reduced each time"] if parallel.reduce_every_micro_batch else []
+        words += [] if parallel.gather_for_generation else ["generates by layers"]
         words += ["optimizer offloaded"] if parallel.offload_optimizer else []
         words += ["weights offloaded"] if parallel.offload_parameters else []
         return ", ".join([*words, *(["checkpointing"] if self.checkpointing else [])])
@@ -129,8 +130,10 @@ def _shared(asked: ParallelConfig, accumulation: int) -> Iterator[ParallelConfig
     fsdp = replace(asked, name="fsdp")
     yield replace(fsdp, reshard_after_forward=False)
     yield fsdp
-    if accumulation > 1:
-        yield replace(fsdp, reduce_every_micro_batch=True)
+    smallest = replace(fsdp, reduce_every_micro_batch=accumulation > 1)
+    if smallest != fsdp:
+        yield smallest
+    yield replace(smallest, gather_for_generation=False)
 
 
 def _offloaded(asked: ParallelConfig) -> Iterator[ParallelConfig]:
@@ -260,7 +263,7 @@ def too_large(case: Case, seen: Sequence[Considered], options: Sequence[Candidat
         where="parallel.name",
         got=f"{best.label}: {gigabytes(best.needed)}" + ("" if memory is None else f" ({largest_parts(memory)})"),
         allowed=f"{gigabytes(best.room)} ({where}: {there}{reserve})",
-        do=" or ".join(remedies(case)) or "a smaller model, or GPUs with more memory",
+        do=" or ".join(remedies(case)) or "a smaller model, or a machine with more memory",
     )
 
 

@@ -11,6 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.memory import ModelShape
 
+# torch.compile still uses what torch has deprecated itself (torch.jit in torch/utils/mkldnn.py; see test_compiling.py).
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),
+]
 WIDE = replace(SHAPES["tiny"], hidden=64, intermediate=512, heads=4, kv_heads=4, head_dim=32, vocabulary=2048)
 PARTS = "aot_eager_decomp_partition"
 """torch.compile's own division of a layer into forward and backward pass, without generating code for it."""
