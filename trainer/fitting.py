@@ -28,6 +28,8 @@ from trainer.memory.shape import LINEAR_NAMES
 from trainer_launch.zero import Stage, ZeroSpec
 
 ZERO_STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
+UNSURE = 0.1
+"""Share by which the estimate may be wrong: a layout that was asked for is refused where it needs more than that."""
 GROUPED_SINCE = (2, 13)
 """From this torch on ``varlen_attn`` takes fewer key heads than query heads; before, keys and values are repeated."""
 
@@ -216,13 +218,18 @@ def zero_of(candidate: Candidate, *, world_size: int, accumulation: int) -> Zero
     )
 
 
-def consider(case: Case, candidate: Candidate, *, reserve: float, capacity: int | None = None) -> Considered | None:
-    """Hold ``candidate`` against the memory less ``reserve`` (a share); None where there is no estimate or no room."""
+def consider(
+    case: Case, candidate: Candidate, *, reserve: float, unsure: float = 0.0, capacity: int | None = None
+) -> Considered | None:
+    """Hold ``candidate`` against the memory less ``reserve`` (a share); None where there is no estimate or no room.
+
+    ``unsure``: it may need so much more (a share) and is still taken.
+    """
     memory = memory_of(case, candidate, capacity=capacity)
     if memory is None or case.room is None:
         return None
     room, why_not = int(case.room * (1 - reserve)), ""
-    if memory.peak > room:
+    if memory.peak > room * (1 + unsure):
         why_not = "does not fit: " + largest_parts(memory)
     elif case.main_room is not None and memory.offloaded * case.processes > case.main_room * (1 - reserve):
         need, there = gigabytes(memory.offloaded * case.processes), gigabytes(int(case.main_room * (1 - reserve)))
@@ -236,13 +243,13 @@ def choose(
     """Return the first of ``options`` that fits, None where none does, and all that were looked at on the way.
 
     Where there is no estimate the first one is taken, and nothing was looked at. A layout that was asked for may use
-    the reserve.
+    the reserve, and the doubt.
     """
     parallel = case.config.parallel
-    reserve = parallel.memory_reserve if parallel.name == "auto" else 0.0
+    reserve, unsure = (parallel.memory_reserve, 0.0) if parallel.name == "auto" else (0.0, UNSURE)
     seen: list[Considered] = []
     for candidate in options:
-        entry = consider(case, candidate, reserve=reserve, capacity=capacity)
+        entry = consider(case, candidate, reserve=reserve, unsure=unsure, capacity=capacity)
         if entry is None:
             return options[0], []
         seen.append(entry)

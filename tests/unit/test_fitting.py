@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import which_layout
 from plan_fixtures import planned, refused
@@ -12,13 +13,14 @@ from which_layout import CASES, answer, case_of, page_with
 
 from trainer import capacity
 from trainer.config import Config, ParallelConfig
-from trainer.drive import overview, run
+from trainer.drive import overview, run, stages
 from trainer.drive.prepared import Base, PreparedView, Split, settled
 from trainer.errors import EXIT_DONE, ConfigError, Problem
 from trainer.fitting import Candidate, candidates, choose, components, consider, memory_of
 from trainer.imagined import imagined
 from trainer.layout import Devices
 from trainer.memory import Adapter, estimate, lora_parameters
+from trainer.paths import RunFolder
 from trainer.plan import RunPlan, dump_plan, estimate_memory, layout_of, load_plan, zero_spec
 
 GB = 10**9
@@ -190,7 +192,9 @@ def test_a_layout_that_was_asked_for_may_use_the_reserve(tmp_path: Path) -> None
     assert memory is not None
     just = replace(EIGHT, gpu_memory=memory.peak)
     assert layout_of(planned(tmp_path, *words, "parallel=fsdp", devices=just)).label == "fsdp"
-    problem = refused(tmp_path, *words, "parallel=fsdp", devices=replace(just, gpu_memory=memory.peak - 1))
+    doubtful = replace(just, gpu_memory=int(memory.peak / 1.09))
+    assert planned(tmp_path, *words, "parallel=fsdp", devices=doubtful).strategy == "fsdp"
+    problem = refused(tmp_path, *words, "parallel=fsdp", devices=replace(just, gpu_memory=int(memory.peak / 1.11)))
     assert problem.got.startswith("fsdp: ")
     assert problem.do.startswith("parallel=auto, which would take fsdp, reduced each time")
 
@@ -277,6 +281,12 @@ def test_nothing_fits_whatever_the_pack(tmp_path: Path) -> None:
     assert capacity.SMALLEST < capacity.USUAL < capacity.LARGEST
 
 
+def test_a_capacity_is_a_number_or_the_word(tmp_path: Path) -> None:
+    problem = refused(tmp_path, "packing.capacity=4")
+    assert problem.allowed == "a whole number >= 8 or auto"
+    assert refused(tmp_path, "packing.capacity=automatic").got == "automatic (text)"
+
+
 # -- GPUs that are not here ----------------------------------------------------------------------------------------
 
 LAPTOP = Devices(gpus=0, cores=8, main_memory=16 * GB)
@@ -341,6 +351,21 @@ def test_the_layout_is_chosen_again_when_the_model_is_there(tmp_path: Path) -> N
     longer = settled(before, prepared(tmp_path / "llama", dtype="float32"))
     assert longer.considered[0].needed != after.considered[0].needed
     assert settled(before, prepared(tmp_path / "nowhere")) == before
+
+
+def test_the_ranks_are_told_of_the_layout_that_was_chosen_again(tmp_path: Path) -> None:
+    model_folder(tmp_path)
+    words = ("model.path=org/name", "method=full", "optim.batch_packs=64", "packing.capacity=4096")
+    plan, folder = planned(tmp_path, *words, devices=EIGHT), RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.prepared_json.write_bytes(msgspec.json.encode(prepared(tmp_path / "llama")))
+    job = stages.DriverJob(plan=plan, folder=folder, lock=0, command="", programs=stages.Programs())
+    told = stages._settle(job)
+    assert told.plan.strategy == "fsdp"
+    assert load_plan(folder.plan_json.read_bytes()) == told.plan
+    folder.plan_json.unlink()
+    assert stages._settle(told) is told
+    assert not folder.plan_json.exists(), "nothing new, nothing written"
 
 
 def test_a_config_in_the_cache_of_the_hub_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
