@@ -16,7 +16,8 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from trainer.fitting import gigabytes, has_grouped_attention
+from trainer.console import gigabytes
+from trainer.fitting import has_grouped_attention
 from trainer.memory import Adapter, MemoryEstimate, ModelShape, estimate, lora_parameters, loss_chunk
 
 Device = Literal["cpu", "cuda"]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.config import Config
-from trainer.fitting import Candidate, Case, Considered, candidates, choose, components, gigabytes, memory_of
+from trainer.console import gigabytes
+from trainer.fitting import Candidate, Case, Considered, candidates, choose, components, memory_of
 from trainer.memory import ModelShape
 
 PAGE = Path(__file__).parent.parent / "docs/which_layout.md"

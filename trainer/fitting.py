@@ -12,6 +12,7 @@ from itertools import product
 from typing import Literal
 
 from trainer.config import Config, ParallelConfig
+from trainer.console import gigabytes
 from trainer.errors import Problem
 from trainer.layout import Devices, adapted_layers
 from trainer.memory import (
@@ -334,14 +335,6 @@ def components(memory: MemoryEstimate) -> list[tuple[str, int]]:
         ("communication", memory.communication),
         ("batches", memory.batches),
     ]
-
-
-def gigabytes(count: int) -> str:
-    """``count`` bytes for people, in decimal units: GB, below one MB, below one kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def has_grouped_attention() -> bool:

@@ -13,6 +13,7 @@ from which_layout import CASES, answer, case_of, page_with
 
 from trainer import capacity
 from trainer.config import Config, ParallelConfig
+from trainer.console import gigabytes
 from trainer.drive import overview, run, stages
 from trainer.drive.prepared import Base, PreparedView, Split, settled
 from trainer.errors import EXIT_DONE, ConfigError, Problem
@@ -388,7 +389,7 @@ def test_the_plan_shows_every_layout_with_its_figures(tmp_path: Path, capsys: py
     words = (model_folder(tmp_path), "method=full", "optim.batch_tokens=262144", "packing.capacity=auto")
     plan: RunPlan = planned(tmp_path, *words, devices=EIGHT)
     rows = [overview.layout_row(entry) for entry in plan.considered]
-    assert rows[0][:3] == ["ddp", overview.gigabytes(plan.considered[0].needed), "72.0 GB"]
+    assert rows[0][:3] == ["ddp", gigabytes(plan.considered[0].needed), "72.0 GB"]
     assert rows[-1][3] == "taken"
     assert dict(overview.devices_rows(plan))["layout"].endswith("; 72.0 GB there less 10% reserve")
     (packs,) = overview.capacity_rows(plan)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from trainer import console
+from trainer.console import gigabytes
 from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk, read_scores
-from trainer.drive.space import gigabytes
 from trainer.fitting import Considered, components
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.memory import MemoryEstimate
