@@ -74,7 +74,7 @@ def capacity_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """How large a pack is, where the plan chose it."""
     if not plan.capacity_reason:
         return []
-    return [("packs", f"{plan.config.packing.tokens:,} tokens: {plan.capacity_reason}")]
+    return [("capacity", f"{plan.config.packing.tokens:,} tokens: {plan.capacity_reason}")]
 
 
 def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> list[tuple[str, str]]:
