@@ -68,8 +68,9 @@ class ModelConfig:
     """Run Python code that comes with the model. Needs a pinned ``model.revision`` for a Hub id."""
     chat_template: str | None = None
     """``builtin:NAME`` or a Jinja file that replaces the tokenizer's own template."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a
+    third more time. null: off, and ``parallel=auto`` turns it on where nothing fits without it."""
     compile: bool | None = None
     """Decoder layers through torch.compile. null: on a GPU, where Triton and a C compiler are there."""
 
@@ -217,8 +218,10 @@ class OptimConfig:
 class PackingConfig:
     """How documents become micro-batches. Documents of a pack never see each other."""
 
-    capacity: Annotated[int, Meta(ge=8)] = 2048
-    """Tokens per pack, and so per micro-batch of a rank."""
+    capacity: Annotated[int, Meta(ge=8)] | Literal["auto"] = 2048
+    """Tokens per pack, and so per micro-batch of a rank.
+    ``auto``: the largest power of two that fits into the memory, up to 32768, and divides ``optim.batch_tokens`` among
+    the ranks."""
     algorithm: Literal["rfc", "ffd", "bfd"] = "rfc"
     """``rfc``: random-fill-close, keeps steps random samples; ``ffd``, ``bfd``: first- and best-fit decreasing."""
     max_documents: Count | None = None
@@ -230,6 +233,13 @@ class PackingConfig:
     """For ``cost=time``, in 1 / tokens: time of a pair of tokens in attention over that of a token in everything else;
     null: from the model's shape. A run prints the ratio that it measured."""
 
+    @property
+    def tokens(self) -> int:
+        """``capacity`` as a number, which a plan has made of ``auto``."""
+        if self.capacity == "auto":
+            raise AssertionError("packing.capacity=auto is decided by the plan")
+        return self.capacity
+
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
@@ -237,8 +247,11 @@ class ParallelConfig:
 
     name: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """``ddp``: a replica per rank; ``fsdp``: a shard per rank of weights, gradients and optimizer state; ``zero1``,
-    ``zero2``, ``zero3``: DeepSpeed divides optimizer state, and gradients, and weights; ``auto``: one process alone,
-    else ``ddp``."""
+    ``zero2``, ``zero3``: DeepSpeed divides optimizer state, and gradients, and weights; ``auto``: the fastest that fits
+    into the memory, in the order of docs/which_layout.md."""
+    memory_reserve: Probability = 0.1
+    """Share of a device's memory that ``auto`` leaves free: for CUDA itself,
+    fragments, and what the estimate misses."""
     reshard_after_forward: bool = True
     """fsdp: give a layer's gathered weights back after its forward pass and gather them again in the backward pass;
     false keeps them: less traffic, more memory."""
@@ -280,6 +293,10 @@ class LaunchConfig:
     """Ranks on a machine; null: one per visible GPU, or one on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the ranks compute."""
+    gpu_memory_gb: Positive | None = None
+    """Count on so much memory of each GPU, in 10^9 bytes; null: what the GPUs
+    here have. With the verb ``plan`` also GPUs that this machine does not have: ``launch.gpu_memory_gb=80
+    launch.processes=8``."""
     threads: Count | None = None
     """CPU threads of each rank; null: the cores divided by the ranks."""
 

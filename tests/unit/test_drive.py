@@ -13,13 +13,14 @@ import msgspec
 import pytest
 from drive_fixtures import Driven, driven
 
+from trainer.console import gigabytes
 from trainer.drive.environment import commit_of, cpu_of, gpu_names, installed, is_dirty
 from trainer.drive.folder import make_folder
 from trainer.drive.lock import Holder, hold
 from trainer.drive.overview import memory_text, waiting_text
 from trainer.drive.prepared import read_prepared, read_schedule
 from trainer.drive.run import do_existing, do_new
-from trainer.drive.space import bytes_needed, gigabytes, model_width, require_space, trained_parameters
+from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters
 from trainer.errors import ConfigError, RunError, TrainingFault
 from trainer.paths import RunFolder
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 
 from trainer import console
+from trainer.console import gigabytes
 from trainer.drive.lock import holder_of
 from trainer.drive.overview import comparison, time_rows
 from trainer.drive.prepared import read_scores
-from trainer.drive.space import gigabytes
 from trainer.errors import RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
