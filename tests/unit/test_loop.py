@@ -30,7 +30,7 @@ from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 from trainer.train.checkpoint.format import published, verify
 from trainer.train.checkpoint.publish import SaveFailed
-from trainer.train.guard import Judge, NonFinite, StopFlag
+from trainer.train.guard import FaultPolicy, Judge, NonFinite, StopFlag
 from trainer.train.loop import Hooks, Outcome, Settings, train, train_step
 from trainer.train.metrics import StepRecord, StepTimer
 from trainer.train.state import TrainState
@@ -259,7 +259,7 @@ class Recorder:
         value = self._figures(self.events.count("validate"))
         return {"loss": value, "other": 1.0}
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, _required: bool) -> None:
         if self._fail > 0:
             self._fail -= 1
             self.events.append(f"save {state.step} failed")
@@ -364,7 +364,14 @@ def test_a_spike_stops_the_run_after_a_checkpoint_if_asked(ranks: Ranks, data: P
     state.losses.recent = [0.01] * 8
     with pytest.raises(TrainingFault, match="step 1: loss spike") as fault:
         course(
-            ranks, data, recorder, state=state, spike_factor=4.0, spike_window=8, spike_action="stop", save_every=100
+            ranks,
+            data,
+            recorder,
+            state=state,
+            spike_factor=4.0,
+            spike_window=8,
+            policy=FaultPolicy(spike="stop"),
+            save_every=100,
         )
     assert recorder.events == ["record 1", "save 1"]
     assert fault.value.problems[0].allowed == "at most 4 times 0.01 (guard.spike_factor)"

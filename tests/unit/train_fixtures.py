@@ -40,9 +40,12 @@ from trainer.model.adapters import (
 from trainer.model.attention import IMPLEMENTATION, register
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import torch_dtype
-from trainer.train.checkpoint.publish import retain, save
+from trainer.train.checkpoint.behind import Saver
+from trainer.train.checkpoint.fence import claim_together
+from trainer.train.checkpoint.format import Checkpoint
+from trainer.train.checkpoint.publish import retain
 from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
-from trainer.train.guard import Judge, StopFlag
+from trainer.train.guard import FaultPolicy, Judge, NonFiniteAction, StopFlag
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
@@ -244,6 +247,8 @@ class Run:
     stop_rank: int = 0
     poison_at: int = 0
     poison_rank: int = 0
+    nonfinite: NonFiniteAction = "stop"
+    asynchronous: bool = True
 
 
 def train_run(
@@ -269,13 +274,18 @@ def train_run(
         keep_whole_below=run.keep_whole_below,
         offload=run.offload,
     )
-    found = find_agreed(
-        ranks,
-        folder / "checkpoints",
-        lambda: find_resumable(folder / "checkpoints", identity=IDENTITY, base=BASE, warn=warnings.append),
-    )
+    fence = claim_together(ranks, folder / "checkpoints")
+
+    def newest() -> Checkpoint | None:
+        return find_agreed(
+            ranks,
+            folder / "checkpoints",
+            lambda: find_resumable(folder / "checkpoints", identity=IDENTITY, base=BASE, warn=warnings.append),
+        )
+
+    found = newest()
     state = TrainState() if found is None else load(strategy, found)
-    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics = MetricsFile(folder / "metrics.jsonl", still_ours=fence.check, warn=warnings.append)
     if ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
     stop = StopFlag()
@@ -298,11 +308,25 @@ def train_run(
         if ranks.is_first:
             metrics.append(step, figures)
 
-    def save_state(state: TrainState) -> None:
-        save(strategy, folder / "checkpoints", state, identity=IDENTITY, base=BASE)
-        if ranks.is_first:
-            verified.add(state.step)
-            retain(folder / "checkpoints", keep=run.keep, best=state.best.step, verified=verified)
+    def delete_old(state: TrainState) -> None:
+        verified.add(state.step)
+        retain(fence, keep=run.keep, best=state.best.step, verified=verified)
+
+    saver = Saver(
+        strategy,
+        fence,
+        ranks.aside() if run.asynchronous else None,
+        identity=IDENTITY,
+        base=BASE,
+        before=metrics.sync,
+        after=delete_old,
+        warn=warnings.append,
+    )
+
+    def roll_back() -> TrainState | None:
+        saver.finish()
+        older = newest()
+        return None if older is None else load(strategy, older)
 
     calls = iter(range(state.step * (run.packs // run.world_size), 10**9))
 
@@ -326,8 +350,16 @@ def train_run(
         validate_every=run.validate_every,
         save_every=run.validate_every,
         judge=Judge(metric=run.metric, patience=run.patience, min_improvement=run.min_improvement),
+        policy=FaultPolicy(nonfinite=run.nonfinite),
     )
-    hooks = Hooks(validate=validate, save=save_state, record=record, warn=warnings.append)
+    hooks = Hooks(
+        validate=validate,
+        save=lambda state, required: saver.save(state, required=required),
+        record=record,
+        warn=warnings.append,
+        boundary=lambda _phase, _step: saver.check(),
+        rollback=roll_back,
+    )
     with stop:
         state = train(strategy, source, settings, hooks, state, stop)
     return strategy, state, warnings

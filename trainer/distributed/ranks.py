@@ -116,10 +116,32 @@ class Ranks:
                 do="check that all machines see the same run folder, the same code and the same packages",
             )
 
+    def aside(self) -> "Aside":
+        """A second channel between the same ranks; called by all of them."""
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if self.world_size > 1 else None
+        return Aside(self.rank, self.world_size, group)
+
     def close(self) -> None:
         """Leave the group; call it last."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A channel for one thread beside the training: what it agrees on never mixes with the loop's collectives."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+
+    def gather(self, value: T) -> list[T]:
+        """As ``Ranks.gather``."""
+        if self.group is None:
+            return [value]
+        gathered: list[T] = [value] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int | None = None) -> Ranks:
