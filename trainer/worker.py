@@ -42,7 +42,7 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
     """
     plan, prepared = read_inputs(folder, stages)
     with StopFlag() as stop:
-        ranks = start_ranks(device=plan.device, world_size=plan.world_size, threads=plan.threads)
+        ranks = start_ranks(device=plan.device, world_size=plan.world_size, threads=plan.threads, traces=folder.logs)
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
             job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, get_context
@@ -50,6 +51,7 @@ from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
 from trainer.train.state import TrainState
+from trainer.train.watchdog import Watchdog
 from trainer_kernels import ArenaWriter, Schedule, TokenArena
 from trainer_launch.zero import Stage, ZeroSpec
 
@@ -218,7 +220,10 @@ def zero_spec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded."""
+    """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded.
+
+    ``stop_at``, ``pause_at``: SIGTERM, SIGSTOP to one rank there; ``poison_at``: its loss is not a number there.
+    """
 
     folder: str
     lora: bool = False
@@ -249,6 +254,9 @@ class Run:
     poison_rank: int = 0
     nonfinite: NonFiniteAction = "stop"
     asynchronous: bool = True
+    pause_at: int = 0
+    pause_rank: int = 0
+    hang_timeout: float = 0.0
 
 
 def train_run(
@@ -338,6 +346,8 @@ def train_run(
             os.kill(os.getpid(), signal.SIGKILL)
         if step == run.stop_at and ranks.rank == run.stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == run.pause_at and ranks.rank == run.pause_rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if step == run.poison_at and ranks.rank == run.poison_rank:
             return output * float("nan")
         return output
@@ -352,15 +362,21 @@ def train_run(
         judge=Judge(metric=run.metric, patience=run.patience, min_improvement=run.min_improvement),
         policy=FaultPolicy(nonfinite=run.nonfinite),
     )
+    watchdog = Watchdog(folder / "signs", ranks.rank, ranks.world_size, timeout=run.hang_timeout)
+
+    def boundary(phase: str, step: int) -> None:
+        watchdog.enter(phase, step)
+        saver.check()
+
     hooks = Hooks(
         validate=validate,
         save=lambda state, required: saver.save(state, required=required),
         record=record,
         warn=warnings.append,
-        boundary=lambda _phase, _step: saver.check(),
+        boundary=boundary,
         rollback=roll_back,
     )
-    with stop:
+    with stop, watchdog.watching() if run.hang_timeout else nullcontext():
         state = train(strategy, source, settings, hooks, state, stop)
     return strategy, state, warnings
 
@@ -415,6 +431,14 @@ def start_calls(call: Callable[[Ranks], None], folder: Path, world_size: int, *,
         process.start()
         started.append(Rank(process, log))
     return started
+
+
+def wait_until_paused(rank: Rank) -> None:
+    """Wait until a started rank has been stopped (SIGSTOP); its end counts as a failure."""
+    stat = Path(f"/proc/{rank.process.pid}/stat")
+    while stat.read_text().rpartition(") ")[2][0] != "T":
+        rank.process.join(0.02)
+        assert rank.process.exitcode is None, rank.log.read_text()
 
 
 def finish(ranks: Sequence[Rank]) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ The environment is read here and nowhere else in the trainer: the variables that
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -23,6 +24,9 @@ T = TypeVar("T")
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for the others gives up; publishing a large checkpoint has to fit in."""
+
+RECORDED_COLLECTIVES = 2000
+"""The last collectives of a rank that NCCL's flight recorder remembers."""
 
 ENVIRONMENT = os.environ  # noqa: TID251  (this is the one place of the trainer that reads it)
 
@@ -144,13 +148,36 @@ class Aside:
         return gathered
 
 
-def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int | None = None) -> Ranks:
+def nccl_variables(traces: Path | None) -> dict[str, str]:
+    """Environment of a rank on GPUs: a hang ends it, and NCCL's flight recorder says which collective it was.
+
+    ``traces``: folder of the recorder's files, one per rank, written when the group's timeout has run out. What the
+    user has set stays.
+    """
+    # torch renamed some of them; it reads either name.
+    variables = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_ENABLE_MONITORING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+        "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+    }
+    if traces is not None:
+        prefix = str(traces / "nccl_trace_rank")  # followed by the number of the rank
+        variables |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix, "TORCH_FR_DUMP_TEMP_FILE": prefix}
+    return variables
+
+
+def start_ranks(
+    *, device: Literal["cpu", "cuda"], world_size: int, threads: int | None = None, traces: Path | None = None
+) -> Ranks:
     """Join the group of ranks, and check that it is the one that was planned.
 
     Args:
         device: where every rank computes; on CUDA, rank ``LOCAL_RANK`` takes the GPU of that number.
         world_size: ranks of the plan.
         threads: CPU threads of this rank; None leaves them alone.
+        traces: where NCCL's flight recorder writes.
 
     Raises:
         RunError: started with another number of processes, or the device is not there.
@@ -179,6 +206,8 @@ def start_ranks(*, device: Literal["cpu", "cuda"], world_size: int, threads: int
         # Our own call, because accelerate forgets the timeout on the CPU.
         if device == "cuda":
             torch.cuda.set_device(launched.local_rank)
+            for name, value in nccl_variables(traces).items():
+                ENVIRONMENT.setdefault(name, value)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, rank=launched.rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     ranks = Ranks(_accelerator(device))

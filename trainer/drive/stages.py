@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer import console
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
-from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
+from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, stage_inputs
@@ -137,6 +137,10 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
         return EXIT_DONE
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
+        return EXIT_STOPPED
+    if result.exit_code == EXIT_AGAIN:
+        console.error(result.cause)
+        console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
     if result.shown and result.exit_code == EXIT_USER:
         return EXIT_USER  # the process has said what is wrong and what to do

@@ -1,6 +1,7 @@
 """The stage ``train`` of a rank: the config's numbers, the data and the files around the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -31,6 +32,7 @@ from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule
 from trainer.train.state import TrainState
+from trainer.train.watchdog import Watchdog, clear_signs
 
 VALIDATIONS = 10
 """About so many validations in a run whose config does not say how often."""
@@ -52,20 +54,30 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
     if job.ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
     saver = make_saver(job, strategy, fence, metrics)
+    watchdog = Watchdog(
+        job.folder.signs, job.ranks.rank, job.ranks.world_size, timeout=job.plan.config.guard.hang_timeout
+    )
+
+    def boundary(phase: str, step: int) -> None:
+        watchdog.enter(phase, step)
+        saver.check()
+
     with progress("train", source.num_steps, start=state.step) as bar:
         hooks = Hooks(
             validate=partial(validate, job, strategy, loss) if job.prepared.validation else None,
             save=lambda state, required: saver.save(state, required=required),
             record=partial(record_step, job, metrics, bar),
             warn=job.warn,
-            boundary=lambda _phase, _step: saver.check(),
+            boundary=boundary,
             rollback=partial(roll_back, job, strategy, saver),
         )
         began = state.step
-        try:
-            state = train(strategy, source, settings, hooks, state, job.stop)
-        finally:
-            saver.leave()
+        with watched(job, strategy, watchdog):
+            try:
+                state = train(strategy, source, settings, hooks, state, job.stop)
+            finally:
+                watchdog.enter("leaving", state.step)
+                saver.leave()
     summary = training_summary(state)
     if job.ranks.is_first:
         loss_curve(job.folder.metrics_jsonl, job.folder.curve_png, title=job.plan.name)
@@ -144,6 +156,23 @@ def validate(job: Job, strategy: Strategy, loss: PackedLoss) -> Mapping[str, flo
         predictions = answer(job, loss, examples, strategy)
         figures |= score(config.task.name, examples, predictions, job.prepared.labels).metrics
     return figures
+
+
+@contextmanager
+def watched(job: Job, strategy: Strategy, watchdog: Watchdog) -> Iterator[None]:
+    """Have ``watchdog`` watch while the block trains; every forward pass is a move. Not with a timeout of 0."""
+    if job.plan.config.guard.hang_timeout == 0:
+        yield
+        return
+    if job.ranks.is_first:
+        clear_signs(job.folder.signs)
+    job.ranks.barrier()
+    handle = strategy.inner.register_forward_pre_hook(lambda *_: watchdog.move())
+    try:
+        with watchdog.watching():
+            yield
+    finally:
+        handle.remove()
 
 
 def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile) -> Saver:
