@@ -7,6 +7,7 @@ of a second a point, where starting Python and torch anew would cost ten.
 
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from trainer.train.checkpoint import writing
 from trainer.train.checkpoint.behind import Saver
 from trainer.train.checkpoint.fence import claim
 from trainer.train.checkpoint.format import DamagedCheckpoint, published, verify
-from trainer.train.checkpoint.publish import retain
+from trainer.train.checkpoint.publish import retain, save
 from trainer.train.checkpoint.resume import find_resumable, load, state_digest
 from trainer.train.state import TrainState
 
@@ -77,11 +78,12 @@ class SaveBench:
         )
         saver.save(TrainState(step=step), required=True)
 
-    def kill_at(self, syscall: str, number: int, *, signal_name: str = "KILL", error: str = "") -> tuple[bool, str]:
+    def kill_at(self, syscall: str, number: int, *, error: str = "") -> tuple[bool, str]:
         """Save with a kill (or an ``error``) at the ``number``-th ``syscall``: (it came to that, what is wrong)."""
         place = self.folder / "case"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.first, place)
+        self.restore()
         ready, go = os.pipe(), os.pipe()
         child = os.fork()
         if child == 0:
@@ -96,12 +98,10 @@ class SaveBench:
             finally:
                 os._exit(code)
         os.read(ready[0], 1)
-        fault = f"error={error}" if error else f"signal={signal_name}"
-        tracer = subprocess.Popen(
-            ["strace", "-f", "-qq", "-p", str(child), "-e", f"trace={syscall}", "-e", f"inject={syscall}:{fault}:when={number}",
-             "-o", str(self.folder / "trace")],
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
+        fault = f"error={error}" if error else "signal=KILL"
+        words = ["strace", "-f", "-qq", "-p", str(child), "-o", str(self.folder / "trace")]
+        words += ["-e", f"trace={syscall}", "-e", f"inject={syscall}:{fault}:when={number}"]
+        tracer = subprocess.Popen(words, stderr=subprocess.PIPE)
         _wait_until_traced(child)
         os.write(go[1], b"x")
         _, status = os.waitpid(child, 0)
@@ -126,7 +126,7 @@ class SaveBench:
         wrong = "" if state_digest(self.strategy) == self.digests[step] else f"step {step} has another state"
         # A second start saves on top of whatever the first one left.
         self._load_second(place)
-        if [path.name for path in published(place)][0] != "step-00000008":
+        if published(place)[0].name != "step-00000008":
             return "the next save does not get through"
         try:
             verify(published(place)[0])
@@ -138,10 +138,11 @@ class SaveBench:
         shutil.rmtree(place / "step-00000008", ignore_errors=True)
         if not published(place):
             shutil.copytree(self.first / "step-00000004", place / "step-00000004")
-        self._restore()
+        self.restore()
         self._save(place, 8)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Bring the strategy to the state of step 8."""
         found = find_resumable(self.first, identity=IDENTITY, base=BASE, warn=lambda _: None)
         assert found is not None
         load(self.strategy, found)
@@ -197,8 +198,6 @@ def kill_at_random(run: Run, ranks: Ranks, *, cycles: int, longest: float, seed:
 
 
 def _ends_before(handle: int, deadline: float) -> bool:
-    import select
-
     ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
     return bool(ready)
 
@@ -247,10 +246,8 @@ def damage_each(folder: Path, bench: SaveBench, *, all_of_them: bool) -> Tally:
     pair = folder / "pair"
     if not pair.exists():
         shutil.copytree(bench.first, pair)
-        bench._restore()
+        bench.restore()
         fence = claim(pair)
-        from trainer.train.checkpoint.publish import save
-
         save(bench.strategy, fence, TrainState(step=8), identity=IDENTITY, base=BASE)
     for name, damage in damages():
         place = folder / "case"
