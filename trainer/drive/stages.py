@@ -5,6 +5,7 @@ A stage is done when its marker names the digest of its present inputs (``marker
 process that ends well without leaving its markers is an error: nothing is taken as done on trust.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from trainer_launch.spec import LaunchSpec
 
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
+KILLED = 128 + signal.SIGKILL
+"""A rank was killed from outside: out of memory, a machine that goes down, a person."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +141,7 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
-    if result.exit_code == EXIT_AGAIN:
+    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
         console.error(result.cause)
         console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED

@@ -8,7 +8,8 @@ It reads the signs of the others as well. Two things are wrong:
 - a rank whose signs have ceased: it is frozen or dead, whatever it was doing;
 - no move for too long while all ranks are in training steps. Validating and saving may take their time.
 
-Times are this process's own; clocks of two machines are never compared. The rank that notices first has the others of
+Times are this process's own; clocks of two machines are never compared, and a process that was itself stopped for a
+while (a suspended job) begins anew. The rank that notices first has the others of
 its machine write their stacks (``faulthandler`` on SIGUSR2; one that is stopped is continued for that) and ends with an
 exit code of which the driver makes "run me again".
 """
@@ -86,6 +87,7 @@ class Watchdog:
             pid=os.getpid(), host=socket.gethostname(), started=started, phase="start", step=0, count=0, moves=0
         )
         self._seen: dict[int, _Seen] = {}
+        self._looked = now()
         self._over = threading.Event()
 
     def enter(self, phase: str, step: int) -> None:
@@ -130,6 +132,9 @@ class Watchdog:
     def look(self) -> str:
         """What is wrong, in words; empty: nothing."""
         now = self._now()
+        if now - self._looked > self._timeout / 2:
+            self._seen.clear()  # this process was stopped itself, perhaps with all the others: nobody can be blamed
+        self._looked = now
         for rank in range(self._world_size):
             sign = self._own if rank == self._rank else read_sign(self._folder / f"rank{rank}.json")
             if sign is not None:
