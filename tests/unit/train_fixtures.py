@@ -377,7 +377,10 @@ def train_run(
         rollback=roll_back,
     )
     with stop, watchdog.watching() if run.hang_timeout else nullcontext():
-        state = train(strategy, source, settings, hooks, state, stop)
+        try:
+            state = train(strategy, source, settings, hooks, state, stop)
+        finally:
+            saver.leave()
     return strategy, state, warnings
 
 
