@@ -237,7 +237,13 @@ def name_outside(path: Path) -> str:
     return r"\.\./\.\./secret is missing"
 
 
-DAMAGES = [cut, flip, remove_index, remove_manifest, edit_state, tear_manifest, empty, other_format, other_step,
+def link_manifest(path: Path) -> str:
+    (path / "manifest.json").rename(path.parent / "manifest")
+    (path / "manifest.json").symlink_to(path.parent / "manifest")
+    return r"manifest\.json is a link to another place"
+
+
+DAMAGES = [link_manifest, cut, flip, remove_index, remove_manifest, edit_state, tear_manifest, empty, other_format, other_step,
            link_out, name_outside]  # fmt: skip
 
 

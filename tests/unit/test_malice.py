@@ -81,7 +81,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere_or_of_another_kind(checkpoint: 
 def test_a_checkpoint_that_is_a_link_is_refused(checkpoint: Path) -> None:
     moved = checkpoint.rename(checkpoint.parent / "elsewhere")
     checkpoint.symlink_to(moved)
-    with pytest.raises(DamagedCheckpoint, match="it is a link to another folder"):
+    with pytest.raises(DamagedCheckpoint, match="it is a link to another place"):
         verify(checkpoint)
 
 

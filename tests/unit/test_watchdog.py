@@ -91,11 +91,26 @@ def test_phases_that_take_long_are_left_alone(group: Group, phase: str) -> None:
         assert group.pass_time(TIMEOUT, moving=False) == ""
 
 
-def test_a_rank_that_has_not_begun_is_not_missed(tmp_path: Path) -> None:
+def test_a_rank_that_never_gave_a_sign_is_missed(tmp_path: Path) -> None:
     group = Group(tmp_path)
-    for _ in range(100):
+    for _ in range(10):
         group.clock.seconds += TIMEOUT / 10
         assert group.dog.look() == ""
+    group.clock.seconds += 1
+    assert group.dog.look() == "rank 1 has given no sign of life for 61 s: frozen or dead"
+
+
+def test_whoever_cannot_leave_signs_expects_none(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", no_space)
+    group.dog.give_sign()
+    assert group.pass_time(2 * TIMEOUT, alive=False) == ""
+    monkeypatch.undo()
+    group.dog.give_sign()
+    assert group.pass_time(TIMEOUT, alive=False) == ""
+    assert "frozen or dead" in group.pass_time(1, alive=False)
 
 
 def test_a_new_process_of_a_rank_starts_anew(group: Group) -> None:

@@ -341,12 +341,13 @@ def train_run(
     def interfere(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         if not strategy.inner.training:
             return output
-        step = next(calls) // (run.packs // run.world_size) + 1
+        step, micro = divmod(next(calls), run.packs // run.world_size)
+        step += 1
         if step == run.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == run.stop_at and ranks.rank == run.stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        if step == run.pause_at and ranks.rank == run.pause_rank:
+        if step == run.pause_at and micro == 0 and ranks.rank == run.pause_rank:
             os.kill(os.getpid(), signal.SIGSTOP)
         if step == run.poison_at and ranks.rank == run.poison_rank:
             return output * float("nan")

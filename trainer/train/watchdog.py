@@ -87,7 +87,8 @@ class Watchdog:
             pid=os.getpid(), host=socket.gethostname(), started=started, phase="start", step=0, count=0, moves=0
         )
         self._seen: dict[int, _Seen] = {}
-        self._looked = now()
+        self._looked = self._began = now()
+        self._mute = False
         self._over = threading.Event()
 
     def enter(self, phase: str, step: int) -> None:
@@ -102,6 +103,9 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Watch while the block runs."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._begin_anew(self._now())
+        self._looked = self._began
+        self.give_sign()
         faulthandler.register(STACKS, file=sys.__stderr__, all_threads=True)
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         thread.start()
@@ -114,41 +118,55 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._over.wait(self._timeout / SIGNS_PER_TIMEOUT):
-            with suppress(OSError):  # a full disk is somebody else's trouble
-                self.give_sign()
+            self.give_sign()
             trouble = self.look()
             if trouble:
                 self._raise_alarm(trouble)
                 return
 
     def give_sign(self) -> None:
-        """Leave a sign of life. No other file is touched, and half a sign is never seen."""
+        """Leave a sign of life; half a sign is never seen. A disk that fails is remembered, and is no error here."""
         self._own = replace(self._own, count=self._own.count + 1)
         path = self._folder / f"rank{self._rank}.json"
         partial = path.with_suffix(".new")
-        partial.write_bytes(msgspec.json.encode(self._own))
-        partial.replace(path)
+        try:
+            partial.write_bytes(msgspec.json.encode(self._own))
+            partial.replace(path)
+            self._mute = False
+        except OSError:
+            self._mute = True
 
     def look(self) -> str:
         """What is wrong, in words; empty: nothing."""
         now = self._now()
         if now - self._looked > self._timeout / 2:
-            self._seen.clear()  # this process was stopped itself, perhaps with all the others: nobody can be blamed
+            self._begin_anew(now)  # this process was stopped itself, perhaps with all the others: nobody can be blamed
         self._looked = now
         for rank in range(self._world_size):
             sign = self._own if rank == self._rank else read_sign(self._folder / f"rank{rank}.json")
             if sign is not None:
                 self._note(rank, sign, now)
-        silent = {
-            rank: seen for rank, seen in self._seen.items() if rank != self._rank and now - seen.alive > self._timeout
-        }
-        if silent:
-            return "; ".join(
-                f"rank {rank} (process {seen.sign.pid} on {seen.sign.host}) has given no sign of life for "
-                f"{now - seen.alive:.0f} s, last in '{seen.sign.phase}' of step {seen.sign.step}: frozen or dead"
-                for rank, seen in sorted(silent.items())
-            )
-        return self._standstill(now)
+        if self._mute:
+            self._begin_anew(now)  # whoever cannot leave signs must not expect any: the disk is at fault
+            return ""
+        silent = [text for rank in range(self._world_size) if rank != self._rank and (text := self._silence(rank, now))]
+        return "; ".join(silent) or self._standstill(now)
+
+    def _begin_anew(self, now: float) -> None:
+        self._seen.clear()
+        self._began = now
+
+    def _silence(self, rank: int, now: float) -> str:
+        seen = self._seen.get(rank)
+        if now - (self._began if seen is None else seen.alive) <= self._timeout:
+            return ""
+        if seen is None:
+            return f"rank {rank} has given no sign of life for {now - self._began:.0f} s: frozen or dead"
+        sign = seen.sign
+        return (
+            f"rank {rank} (process {sign.pid} on {sign.host}) has given no sign of life for {now - seen.alive:.0f} s, "
+            f"last in '{sign.phase}' of step {sign.step}: frozen or dead"
+        )
 
     def _note(self, rank: int, sign: Sign, now: float) -> None:
         before = self._seen.get(rank)

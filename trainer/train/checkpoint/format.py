@@ -93,8 +93,6 @@ def verify(path: Path, *, contents: bool = True) -> Manifest:
     Raises:
         DamagedCheckpoint: a file is missing, cut, changed, unreadable or of another format; the message names it.
     """
-    if path.is_symlink():
-        raise damage(path, "it is a link to another folder")
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
         file = path / name
@@ -114,6 +112,9 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DamagedCheckpoint: it is missing, changed, of another format or of another step.
     """
+    for part, what in ((path, "it"), (path / "manifest.json", "manifest.json")):
+        if part.is_symlink():
+            raise damage(path, f"{what} is a link to another place")
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
     except OSError as fault:
