@@ -243,8 +243,8 @@ def link_manifest(path: Path) -> str:
     return r"manifest\.json is a link to another place"
 
 
-DAMAGES = [link_manifest, cut, flip, remove_index, remove_manifest, edit_state, tear_manifest, empty, other_format, other_step,
-           link_out, name_outside]  # fmt: skip
+DAMAGES = [cut, flip, remove_index, remove_manifest, edit_state, tear_manifest, empty, other_format, other_step,
+           link_out, link_manifest, name_outside]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
