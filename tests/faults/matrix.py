@@ -26,7 +26,8 @@ from train_fixtures import Run, make_data, train_run, with_data  # noqa: E402
 from trainer.distributed.ranks import Ranks, start_ranks  # noqa: E402
 
 NEEDS_SLURM = "needs Slurm"
-CAMPAIGN_STEPS = 60
+CAMPAIGN_STEPS = 300
+QUICK_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +77,15 @@ def failing_disk(error: str) -> Callable[[Place], Tally]:
 def campaign(place: Place) -> Tally:
     """Row 4 without a cluster: killed at random moments until it is done; the end is that of a straight run."""
     data = make_data(place.folder / "campaign-data")
-    straight = Run(folder=str(with_data(place.folder / "straight", data)), dropout=0.1, max_steps=CAMPAIGN_STEPS)
+    steps = QUICK_STEPS if place.quick else CAMPAIGN_STEPS
+    straight = Run(folder=str(with_data(place.folder / "straight", data)), dropout=0.1, max_steps=steps)
     began = time.monotonic()
     train_run(straight, place.ranks)
     whole = time.monotonic() - began
     killed = with_data(place.folder / "killed", data)
-    run = Run(folder=str(killed), dropout=0.1, max_steps=CAMPAIGN_STEPS)
-    tally = kill_at_random(run, place.ranks, cycles=4 if place.quick else place.cycles, longest=whole / 5, seed=7)
+    run = Run(folder=str(killed), dropout=0.1, max_steps=steps)
+    cycles, share = (4, 5) if place.quick else (place.cycles, place.cycles / 2)
+    tally = kill_at_random(run, place.ranks, cycles=cycles, longest=whole / share, seed=7)
     tally.add("the end", same_end(run, place.ranks, place.folder / "straight", killed))
     return tally
 
