@@ -331,18 +331,34 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; null: at each validation."""
     keep: Count = 2
     """Newest verified checkpoints to keep besides the best one."""
+    asynchronous: bool = True
+    """Write behind the training, from a copy in host memory (12 bytes per trained parameter, divided among the ranks of
+    fsdp and zero); false: the training waits."""
 
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
-    """What counts as a fault of training. A non-finite loss or gradient always stops before the optimizer step."""
+    """What counts as a fault of training, and what is done then. A step with a non-finite loss or gradient is never
+    taken, by any rank."""
+
+    nonfinite_action: Literal["stop", "skip", "rollback"] = "stop"
+    """A step with a non-finite loss or gradient: ``stop`` the run, ``skip`` its data, or ``rollback`` to the last good
+    checkpoint and pass over all data since then."""
 
     spike_factor: NonNegative = 4.0
     """A loss this many times its running median is a spike; 0: off."""
     spike_window: Annotated[int, Meta(ge=2)] = 32
     """Steps in the running median."""
-    spike_action: Literal["warn", "stop"] = "warn"
-    """Print and count a spike, or stop the run after a checkpoint."""
+    spike_action: Literal["warn", "stop", "skip", "rollback"] = "warn"
+    """Print and count a spike, ``stop`` the run after a checkpoint; or do not take its step and ``skip`` its data or
+    ``rollback``, as above."""
+    max_faults: Natural = 10
+    """Steps of a run that may be skipped or rolled back; one more stops it."""
+    max_faults_in_row: Natural = 3
+    """Such steps one directly after the other."""
+    hang_timeout: NonNegative = 600.0
+    """Seconds without progress in a training step, or without a sign of life of a rank anywhere, after which the stacks
+    of all ranks are written to their logs and the run ends as one to be continued; 0: never."""
 
 
 @dataclass(slots=True, kw_only=True)

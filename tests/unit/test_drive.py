@@ -125,6 +125,26 @@ def test_an_interrupted_run_goes_on_where_it_was(driver: Driven, capsys: pytest.
     assert driver.journal() == [*ALL[:2], *ALL[1:]]
 
 
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (
+            "print('error: rank 1 is frozen or dead', flush=True); sys.exit(74)",
+            "ended with exit code 74: rank 1 is frozen",
+        ),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL (out of memory, or killed by"),
+    ],
+)
+def test_a_fault_from_outside_is_said_and_can_be_continued(
+    driver: Driven, capsys: pytest.CaptureFixture[str], end: str, how: str
+) -> None:
+    driver.program("stand_in_ranks", end)
+    assert do(driver, "run") == 75
+    printed = capsys.readouterr()
+    assert f"error: rank 0 {how}" in printed.err
+    assert "what was saved is intact; to continue, type:\n  python -m trainer TYPED" in printed.out
+
+
 def test_ctrl_c_reaches_the_ranks_and_75_comes_back(driver: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.program(
         "stand_in_ranks",

@@ -5,6 +5,7 @@ A stage is done when its marker names the digest of its present inputs (``marker
 process that ends well without leaving its markers is an error: nothing is taken as done on trust.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from trainer import console
 from trainer.drive.folder import write_inputs
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared, settled
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
-from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
+from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, layout_of, stage_inputs
@@ -31,6 +32,8 @@ from trainer_launch.verdict import NodeResult
 
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
+KILLED = 128 + signal.SIGKILL
+"""A rank was killed from outside: out of memory, a machine that goes down, a person."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +159,10 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
         return EXIT_DONE
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
+        return EXIT_STOPPED
+    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
+        console.error(result.cause)
+        console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
     if result.shown and result.exit_code == EXIT_USER:
         return EXIT_USER  # the process has said what is wrong and what to do
