@@ -75,8 +75,8 @@ def waiting(lengths: Lengths, layout: Layout, ranks: Sequence[int], capacity: in
 
 
 def draw(found: dict[str, dict[Layout, list[float]]], ranks: Sequence[int], path: Path) -> None:
-    """A PNG: waiting over the number of ranks, one micro-batch a step."""
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    """A PNG: waiting over the number of ranks, where they wait in every micro-batch."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for place, (kind, rows) in enumerate(found.items(), 1):
         axes = figure.add_subplot(1, len(found), place)
@@ -89,8 +89,10 @@ def draw(found: dict[str, dict[Layout, list[float]]], ranks: Sequence[int], path
         axes.set_xticks(list(ranks), [str(size) for size in ranks])
         axes.set_xlabel("ranks")
         axes.set_ylabel("waiting, % of the time")
+        axes.set_ylim(bottom=-1)
         axes.set_title(kind, fontsize="small")
-        axes.legend(fontsize="xx-small", frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="x-small", frameon=False)
     # Without the version of matplotlib in it, the same figures give the same bytes.
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -114,9 +114,9 @@ def random_fill_close(
 
     The pool are the next ``ahead`` documents that are not in a pack. Those of one weight are a stack (``top`` by
     weight, ``below`` by place), the newest on top, taken from there to close packs; the stream and the big ones take
-    the oldest. So a weight has documents in the pool as long as its top has neither been passed by the stream nor was
-    taken, and nobody counts them. One that was taken out of its turn weighs nothing from then on: the stream passes it
-    without a question that cannot be predicted.
+    the oldest. So a weight has documents in the pool as long as the stream has not passed its top, and nobody counts
+    them. One that was taken out of its turn weighs nothing from then on: the stream passes it without a question that
+    cannot be predicted.
 
     It is all in one function, because arrays that are handed to another are counted by reference, at every call.
     """
@@ -160,7 +160,9 @@ def random_fill_close(
                 place = top[weight]
                 top[weight] = below[place]
                 weights[place] = 0
-                gone = top[weight] < head or weights[top[weight]] == 0
+                # Not a big one that was taken, either: where a big one fits, the head does not, so it is big and left,
+                # and those that were taken were older.
+                gone = top[weight] < head
             elif room == capacity and bigs > 0 and 100 * bigs * capacity >= BIG_SHARE * volume:
                 big_head = max(big_head, head)
                 while weights[big_head] <= half:
