@@ -219,7 +219,7 @@ def damages() -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield f"{name} cut", lambda path, name=name: _cut(path / name)
         yield f"{name} changed", lambda path, name=name: _flip(path / name)
         yield f"{name} gone", lambda path, name=name: (path / name).unlink()
-        yield f"{name} empty", lambda path, name=name: (path / name).write_bytes(b"")
+        yield f"{name} empty", lambda path, name=name: os.truncate(path / name, 0)
         yield f"{name} a link", lambda path, name=name: _link(path / name)
 
 

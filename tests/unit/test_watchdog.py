@@ -35,6 +35,7 @@ class Group:
 
     def pass_time(self, seconds: float, *, alive: bool = True, moving: bool = True) -> str:
         """Let time pass; rank 1 gives a sign, and moves, or not."""
+        trouble = ""
         for _ in range(20):
             self.clock.seconds += seconds / 20
             if alive:

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -133,7 +133,7 @@ class Ranks:
     def aside(self) -> "Aside":
         """A second channel between the same ranks; called by all of them."""
         group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if self.world_size > 1 else None
-        return Aside(self.rank, self.world_size, group)
+        return Aside(self.rank, self.world_size, cast(dist.ProcessGroup | None, group))
 
     def close(self) -> None:
         """Leave the group; call it last."""

@@ -86,7 +86,7 @@ class Zero(Prepared, ABC):
 
     def discard(self) -> None:
         """A step of the engine in which AdamW does nothing: gradients, buffers and counters are cleared as always."""
-        self.optimizer.step = lambda *_, **__: None
+        self.optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]  # for this one step
         try:
             prepared(self._engine).step()
         finally:

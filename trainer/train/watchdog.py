@@ -18,7 +18,6 @@ import faulthandler
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,7 @@ class Watchdog:
         self._begin_anew(self._now())
         self._looked = self._began
         self.give_sign()
-        faulthandler.register(STACKS, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(STACKS, file=2, all_threads=True)
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -192,7 +191,7 @@ class Watchdog:
     def _raise_alarm(self, trouble: str) -> None:
         text = f"=== stacks of rank {self._rank}, because {trouble}\n"
         _write(text)
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
         for rank, seen in self._seen.items():
             if rank != self._rank and seen.sign.host == self._own.host and is_running(seen.sign):
                 _write(f"=== rank {rank} was asked to write its stacks into its own log\n")

@@ -41,8 +41,15 @@ class SaveFailed(Interrupted):
 class Channel(Protocol):
     """How the ranks agree: the group of the training, or one beside it (``Aside``)."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int:
+        """Number of this one."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        ...
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks in the order of ranks."""

@@ -68,4 +68,4 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memory
             lowest, highest = float(chunk.min()), float(chunk.max())  # a NaN anywhere comes out of both
             if not (abs(lowest) < float("inf") and abs(highest) < float("inf")):
                 raise PoisonedValue(f"{name} has a value that is not finite")
-            yield memoryview(chunk).cast("B")
+            yield chunk.data.cast("B")
