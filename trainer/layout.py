@@ -18,11 +18,12 @@ DEFAULT_BATCH_PACKS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed is installed."""
+    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed and bitsandbytes are installed."""
 
     gpus: int
     cores: int
     deepspeed: bool = True
+    bitsandbytes: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,18 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
             )
         )
     if config.parallel.name.startswith("zero"):
-        problems.extend(_zero_problems(config, device, devices))
+        problems.extend(_zero_problems(config, devices))
+    problems.extend(_sharing_problems(config, device, processes))
+    if config.method.quantize is not None and not devices.bitsandbytes:
+        problems.append(
+            Problem(
+                what="needs bitsandbytes, which is not installed",
+                where="method.quantize",
+                got=config.method.quantize,
+                allowed="null",
+                do="pip install -c constraints.txt -e '.[qlora]', or method=lora",
+            )
+        )
     packs = batch_packs(config)
     if packs % processes:
         problems.append(_remainder(config, packs, processes))
@@ -87,8 +99,8 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
     )
 
 
-def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Problem]:
-    """Yield what this machine lacks for DeepSpeed, and what there is nowhere to move to."""
+def _zero_problems(config: Config, devices: Devices) -> Iterator[Problem]:
+    """Yield what this machine lacks for DeepSpeed."""
     parallel = config.parallel
     if not devices.deepspeed:
         yield Problem(
@@ -97,6 +109,21 @@ def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Pr
             got=parallel.name,
             allowed="auto, ddp, fsdp",
             do="pip install -c constraints.txt -e '.[deepspeed]', or parallel=fsdp",
+        )
+
+
+def _sharing_problems(config: Config, device: str, processes: int) -> Iterator[Problem]:
+    """Yield groups of ranks that do not come out even, and what there is nowhere to move to."""
+    parallel = config.parallel
+    together = parallel.shard_ranks
+    if together is not None and (processes % together or together < 2):
+        fitting = [number for number in range(2, processes + 1) if processes % number == 0]
+        yield Problem(
+            what="does not divide the ranks into groups that cut the model among themselves",
+            where="parallel.shard_ranks",
+            got=f"{together} with {processes} ranks",
+            allowed=", ".join(map(str, fitting)) or "at least two ranks",
+            do=f"parallel.shard_ranks={fitting[0]}" if fitting else "remove it",
         )
     offloaded = {"offload_optimizer": parallel.offload_optimizer, "offload_parameters": parallel.offload_parameters}
     for name, wanted in offloaded.items():

@@ -18,6 +18,8 @@ from trainer_launch.zero import BUCKET, ZeroSpec
 StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 LOSS_CHUNK = 1024
 LOGITS_AT_ONCE = 2**30
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Bits of a weight in nf4: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales (arXiv 2305.14314)."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -83,13 +85,16 @@ class Shards:
 
     ``keep_layers``: gathered layers are kept from the forward to the backward pass. ``whole_gradients``: micro-batches
     add up gradients of all trained weights on every rank. ``gather_for_generation``: every rank holds the whole model
-    while answers are generated.
+    while answers are generated. ``offload``: what a rank owns is in main memory and not counted. ``sliced``: a
+    rank reads its own rows from the files, and the whole model is never there.
     """
 
     ranks: int
     keep_layers: bool
     whole_gradients: bool
     gather_for_generation: bool
+    offload: bool = False
+    sliced: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +217,7 @@ def estimate(
     gather_for_generation: bool = False,
     adapter_parameters: int = 0,
     frozen_parameters: int = 0,
+    quantized: bool = False,
     traversed_layers: int | None = None,
     checkpointing: bool = False,
     loss_chunk: int = LOSS_CHUNK,
@@ -222,6 +228,7 @@ def estimate(
     of the linears (ZeRO, arXiv 1910.02054, section 3.1, counts the same states). LoRA: the base is held in the compute
     dtype without gradients; adapters cost those 16 bytes. DDP adds flat gradient buckets as large as the gradients;
     FSDP (``shards``) is counted in ``_sharded``, ZeRO (``zero``, ``gather_for_generation``) in ``_divided``.
+    ``quantized`` (LoRA): the linears of the base in ``NF4_BITS``, and one of them at a time in the compute dtype.
     ``frozen_parameters`` of full fine-tuning have neither gradients nor moments. ``traversed_layers``: those that the
     gradient passes through, from the lowest adapter up; None: all.
     """
@@ -233,6 +240,10 @@ def estimate(
     else:
         total, trainable = shape.parameters + adapter_parameters, adapter_parameters
         parameters = size * shape.parameters + 4 * adapter_parameters
+        if quantized:
+            largest = max(inputs * outputs for inputs, outputs in shape.linears.values())
+            linears = shape.layers * (shape.layer_parameters - 2 * shape.hidden)
+            parameters += size * largest - round(linears * (size - NF4_BITS / 8))
     through = shape.layers if traversed_layers is None else traversed_layers
     whole = MemoryEstimate(
         parameters=parameters,
@@ -271,14 +282,15 @@ def _sharded(
     gathered = outer + layer * ((shape.layers if shards.keep_layers else 2) + 1)
     largest = adapters or min(whole.trainable, max(shape.layer_parameters, outer_weights))
     unreduced = 4 * (whole.trainable if shards.whole_gradients else largest)
-    parameters, optimizer = -(-stored // shards.ranks), -(-whole.optimizer // shards.ranks)
+    parts = [0 if shards.offload else -(-size // shards.ranks) for size in (stored, whole.optimizer, whole.gradients)]
+    parameters, optimizer, gradients = parts
     return replace(
         whole,
         parameters=parameters,
-        gradients=unreduced + -(-whole.gradients // shards.ranks),
+        gradients=unreduced + gradients,
         optimizer=optimizer,
         communication=gathered + 4 * largest,
-        loading=stored,
+        loading=0 if shards.sliced else stored,
         generating=parameters + optimizer + outer + layer * shape.layers if shards.gather_for_generation else 0,
     )
 

@@ -141,6 +141,7 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
         gather_for_generation=config.parallel.gather_for_generation,
         adapter_parameters=adapter if method.name == "lora" else 0,
         frozen_parameters=frozen,
+        quantized=method.quantize is not None,
         traversed_layers=shape.layers - layers.start if method.name == "lora" else None,
         checkpointing=config.model.activation_checkpointing,
         loss_chunk=loss_chunk(plan.strategy, plan.device, config.packing.capacity, shape.vocabulary),
@@ -153,11 +154,19 @@ def _shards(plan: RunPlan) -> Shards | None:
         return None
     parallel = plan.config.parallel
     return Shards(
-        ranks=plan.world_size,
+        ranks=parallel.shard_ranks or plan.world_size,
         keep_layers=not parallel.reshard_after_forward,
         whole_gradients=plan.accumulation > 1 and not parallel.reduce_every_micro_batch,
         gather_for_generation=parallel.gather_for_generation,
+        offload=parallel.offload_parameters,
+        sliced=reads_slices(plan.config),
     )
+
+
+def reads_slices(config: Config) -> bool:
+    """Whether ranks of fsdp can read their own rows of the base, as far as the config tells."""
+    dora = config.method.name == "lora" and config.method.dora
+    return not (config.method.adapter is not None or dora or config.model.trust_remote_code)
 
 
 # ---- identity
@@ -188,7 +197,11 @@ def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any
     if config.data.over_long != "split":
         dropped.append("split_overlap")
     lora = config.method.name == "lora"
-    of_method = [name for name in method if name != "adapter" and name.startswith("freeze_") != lora]
+    silent = [
+        "adapter",
+        *(["quantize"] if config.method.quantize is None else []),
+    ]  # null: the runs of before there was it
+    of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
     return {
         "format": FORMAT,
         "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},

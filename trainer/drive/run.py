@@ -166,4 +166,5 @@ def _devices(config: Config) -> Devices:
         gpus=0 if config.launch.device == "cpu" else visible_gpus(),
         cores=usable_cores(),
         deepspeed=find_spec("deepspeed") is not None,
+        bitsandbytes=find_spec("bitsandbytes") is not None,
     )
