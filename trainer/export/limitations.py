@@ -28,6 +28,11 @@ def limitations(lineage: Lineage) -> list[str]:
                 f"`{one.name}/` is not quite the model that was evaluated: {rounding_price(one.rounding)}. An adapter "
                 "beside it is."
             )
+    if lineage.config.method.quantize:
+        found.append(
+            "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was published, "
+            "which was not measured."
+        )
     if lineage.config.task.name == "classification":
         found.append("It answers with one of its labels also where none fits.")
     if lineage.data.truncated:
