@@ -22,17 +22,17 @@ def limitations(lineage: Lineage) -> list[str]:
     ]
     if tuned is not None:
         found += weaknesses(lineage, tuned)
+    if lineage.config.method.quantize:
+        found.append(
+            "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was published, "
+            "which was not measured."
+        )
     for one in lineage.verification:
         if one.rounding is not None and one.rounding.is_large:
             found.append(
                 f"`{one.name}/` is not quite the model that was evaluated: {rounding_price(one.rounding)}. An adapter "
                 "beside it is."
             )
-    if lineage.config.method.quantize:
-        found.append(
-            "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was published, "
-            "which was not measured."
-        )
     if lineage.config.task.name == "classification":
         found.append("It answers with one of its labels also where none fits.")
     if lineage.data.truncated:
