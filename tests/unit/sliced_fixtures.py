@@ -14,11 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.distributed.fsdp import FullySharded, Sharding, local
 from trainer.distributed.ranks import Ranks
-from trainer.model.adapters import adapters_on, attach_lora, decoder_layer_modules, inner_model
+from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
 from trainer.model.load import load_model, settle
 from trainer.model.loss import PackedLoss
 from trainer.model.selfcheck import probe_batch, self_check
-from trainer.model.slices import parameter_names, plan_slices, slice_reader, stored_tensors, without_numbers
+from trainer.model.slices import (
+    parameter_names,
+    plan_slices,
+    slice_reader,
+    standing_in,
+    stored_tensors,
+    without_numbers,
+)
 from trainer.train.optim import make_optimizer
 
 
@@ -63,7 +70,7 @@ def in_slices(ranks: Ranks, folder: Path, *, lora: bool, dtype: torch.dtype) -> 
     settle(model)
     places, names = plan_slices(model, stored_tensors(folder)), parameter_names(model)
     assert isinstance(places, dict), places
-    with adapters_on(torch.device("cpu")):
+    with standing_in(model):
         loss = trained(cast(nn.Module, model), lora, dtype)
     layers = decoder_layer_modules(inner_model(loss.model))
     return prepared(ranks, loss, Sharding(layers=layers, read=slice_reader(loss, names, places)), dtype)

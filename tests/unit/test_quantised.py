@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from model_fixtures import llama, pack
-from plan_fixtures import LLAMA_8B, planned, refused
+from plan_fixtures import planned, refused
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from trainer.drive.overview import method_text
 from trainer.errors import ModelError, RunError, TrainingFault
 from trainer.layout import Devices
-from trainer.memory import NF4_BITS, estimate, lora_parameters
+from trainer.memory import TINY
 from trainer.model import quantised
 from trainer.model.adapters import attach_lora, trainable_parameters
 from trainer.model.load import load_model
 from trainer.model.loss import PackedLoss
 from trainer.model.quantised import check_quantised, quantisation_config, quantised_layers
+from trainer.plan import estimate_memory
 
 needs_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (.[qlora])"
@@ -160,21 +161,11 @@ def test_the_plan_names_it_and_other_runs_stay_what_they_are(tmp_path: Path) -> 
     assert refused(tmp_path, "method=qlora", "model.compile=true").where == "model.compile"
 
 
-def test_the_plan_counts_4_bits() -> None:
-    adapter = lora_parameters(LLAMA_8B, rank=16, targets=["all-linear"], adapted_layers=32)
-
-    def found(quantized: bool) -> int:
-        return estimate(
-            LLAMA_8B,
-            method="lora",
-            dtype="bfloat16",
-            capacity=4096,
-            strategy="single",
-            adapter_parameters=adapter,
-            quantized=quantized,
-        ).parameters
-
-    linears = 32 * (LLAMA_8B.layer_parameters - 2 * LLAMA_8B.hidden)
-    assert pytest.approx(4.127, abs=1e-3) == NF4_BITS
-    one_in_full = 2 * LLAMA_8B.intermediate * LLAMA_8B.hidden
-    assert found(True) == pytest.approx(found(False) - 2 * linears + linears * 4.127 / 8 + one_in_full, rel=1e-4)
+def test_the_plan_counts_4_bits(tmp_path: Path) -> None:
+    words = ("launch.processes=1", "model.dtype=bfloat16")
+    plain, four = (estimate_memory(planned(tmp_path, f"method={name}", *words)) for name in ("lora", "qlora"))
+    assert plain is not None
+    assert four is not None
+    linears, one_in_full = TINY.layers * (TINY.layer_parameters - 2 * TINY.hidden), 2 * TINY.intermediate * TINY.hidden
+    spared = plain.parameters - four.parameters + one_in_full
+    assert spared == pytest.approx(linears * (16 - 4.127) / 8, rel=1e-4)

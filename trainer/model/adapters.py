@@ -10,8 +10,7 @@ with that switched off and the forward pass under autocast, the small matrices a
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -307,24 +306,6 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():  # peft asks transformers for a property under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return cast(PeftModel, get_peft_model(model, config))
-
-
-@contextmanager
-def adapters_on(device: torch.device) -> Iterator[None]:
-    """New adapters are on ``device`` and not where their base is: a base on the meta device has no numbers.
-
-    peft makes them on the CPU, rounds them to the dtype of the base and moves them to its device.
-    """
-    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
-
-    def moved(layer: BaseTunerLayer, adapter_name: str, _device: torch.device | None = None) -> None:
-        move(layer, adapter_name, device)
-
-    BaseTunerLayer._move_adapter_to_device_of_base_layer = moved
-    try:
-        yield
-    finally:
-        BaseTunerLayer._move_adapter_to_device_of_base_layer = move
 
 
 def _without_input_casts(model: PeftModel) -> PeftModel:

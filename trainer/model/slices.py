@@ -10,7 +10,8 @@ Only models whose files name their tensors as their modules do can be read like 
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -43,7 +44,7 @@ class StoredTensor:
         """
         values = torch.empty(length, dtype=self.dtype)
         if length:
-            place = memoryview(values.view(torch.uint8).numpy())
+            place = values.view(torch.uint8).numpy().data
             with self.file.open("rb", buffering=0) as opened:
                 opened.seek(self.offset + start * self.dtype.itemsize)
                 while place:
@@ -132,6 +133,28 @@ def slice_reader(module: nn.Module, names: Mapping[int, str], places: Mapping[st
         return place.read(start, length, dtype)
 
     return read
+
+
+@contextmanager
+def standing_in(model: nn.Module) -> Iterator[None]:
+    """Weights of ``model`` on the meta device pass for weights on the CPU: adapters are made there, with numbers.
+
+    peft moves new adapters to where the weights are, and on the meta device they would lose their initial values. A
+    stand-in is one zero that is seen as many. Afterwards the same parameters are back; whether they are trained is
+    taken over from the stand-ins.
+    """
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    pending = [(module, name, p) for module, name, p in places if p is not None and p.is_meta]
+    others = {
+        id(p): nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), p.requires_grad) for _, _, p in pending
+    }
+    for module, name, parameter in pending:
+        module._parameters[name] = others[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in pending:
+            module._parameters[name] = parameter.requires_grad_(others[id(parameter)].requires_grad)
 
 
 def _computed(model: PreTrainedModel, module: nn.Module) -> bool:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from trainer.distributed.fsdp import FullySharded
-from trainer.model.adapters import adapters_on
 from trainer.model.device import peak_memory_gb
 from trainer.model.load import settle
 from trainer.model.loss import PackedLoss
@@ -25,6 +24,7 @@ from trainer.model.slices import (
     parameter_names,
     plan_slices,
     slice_reader,
+    standing_in,
     stored_tensors,
     without_numbers,
 )
@@ -54,7 +54,7 @@ def skeleton(job: Job) -> Skeleton | None:
 def sharded_loss(job: Job, base: Skeleton) -> tuple[PackedLoss, FullySharded]:
     """What is trained, cut among the ranks and read, and checked on the spot."""
     names = parameter_names(base.model)
-    with adapters_on(torch.device("cpu")):
+    with standing_in(base.model):
         loss = trained_loss(job, base.model, "head")
     strategy = cast(FullySharded, planned_strategy(job, loss, slice_reader(loss, names, base.places)))
     with strategy.gathered(layers=False):
