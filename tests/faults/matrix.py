@@ -242,7 +242,7 @@ def do_row(row: Row, place: Place) -> tuple[str, str, str, str]:
         return "-", "-", "by the tests themselves", "-"
     began = time.monotonic()
     tally = row.do(place) if row.do is not None else run_tests(row.tests, place.folder)
-    lost = "; ".join(tally.lost[:3]) or "0"
+    lost = " ".join("; ".join(tally.lost[:3]).split()).replace("|", "/") or "0"
     return str(tally.points), str(tally.survived), lost, f"{time.monotonic() - began:.0f}"
 
 
