@@ -93,7 +93,7 @@ def loop_steps(strategy: Strategy, source: TrainingBatches, folder: Path) -> lis
         metrics.append(step, {})
         times.append(time.perf_counter())
 
-    hooks = Hooks(validate=None, save=lambda state: None, record=record, warn=print)
+    hooks = Hooks(validate=None, save=lambda state, required: None, record=record, warn=print)
     never = 10**9
     settings = Settings(
         seed=0, lr=lambda step: 1e-4, validate_every=never, save_every=never, spike_factor=4.0,

@@ -24,8 +24,8 @@ def limitations(lineage: Lineage) -> list[str]:
         found += weaknesses(lineage, tuned)
     if lineage.config.method.quantize:
         found.append(
-            "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was published, and "
-            "was not measured on the test rows."
+            "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was published, "
+            "and was not measured on the test rows."
         )
     for one in lineage.verification:
         if one.rounding is not None and one.rounding.is_large:
