@@ -154,7 +154,8 @@ def standing_in(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, parameter in pending:
-            module._parameters[name] = parameter.requires_grad_(others[id(parameter)].requires_grad)
+            parameter.requires_grad = others[id(parameter)].requires_grad
+            module._parameters[name] = parameter
 
 
 def _computed(model: PreTrainedModel, module: nn.Module) -> bool:
