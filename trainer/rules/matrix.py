@@ -1,7 +1,7 @@
 """Which method goes with which way of sharing the work: the cells of the table in docs/layouts.md that are refused.
 
-A method is a name of ``conf/method``; qlora is lora with a base in 4 bits. What is not refused here is trained in every
-combination, and a test walks all of them.
+A method is a name of ``conf/method``; qlora is lora with a base in 4 bits. A test plans every cell of the table; which
+ones were trained stands below it.
 """
 
 from collections.abc import Iterator
