@@ -176,6 +176,9 @@ class MethodConfig:
     """Weight-decomposed adapters (arXiv 2402.09353)."""
     adapter: str | None = None
     """Continue from this adapter folder; its rank, targets and scale are used, and must not be given otherwise."""
+    quantize: Literal["nf4"] | None = None
+    """LoRA: hold the linear layers of the frozen base in 4 bits (QLoRA, arXiv 2305.14314); null: in the compute dtype.
+    Needs bitsandbytes. ``method=qlora`` sets it."""
     freeze_layers: Natural = 0
     """Full fine-tuning: keep the first N decoder layers as they are."""
     freeze_embeddings: bool = False
@@ -261,13 +264,17 @@ class ParallelConfig:
     gather_for_generation: bool = True
     """fsdp, zero3: hold the whole model on every rank while answers are generated; false gathers a layer at a time for
     every token: any model fits, and it is slow."""
+    shard_ranks: Count | None = None
+    """fsdp: cut the model among groups of so many ranks (of one machine, say), which are replicas of each other; null:
+    among all ranks. Less traffic between groups, more memory."""
     keep_whole_below: Natural = 100_000
     """zero3: weights of at most so many elements (norms, small adapters) stay whole on every rank; 0 divides all: less
     memory, more and smaller messages."""
     offload_optimizer: bool = False
     """zero1, zero2, zero3 on GPUs: float32 masters and optimizer state are in main memory, and CPUs take the step."""
     offload_parameters: bool = False
-    """zero3 on GPUs: each rank's part of the weights is in main memory while it is not used."""
+    """fsdp, zero3 on GPUs: each rank's part of the weights is in main memory while it is not used. fsdp: gradients and
+    optimizer state as well, and CPUs take the step."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -50,6 +50,7 @@ class Candidate:
         if self.strategy == "fsdp":
             words += [] if parallel.reshard_after_forward else ["layers kept"]
             words += ["reduced each time"] if parallel.reduce_every_micro_batch else []
+        words += [f"in groups of {parallel.shard_ranks}"] if parallel.shard_ranks else []
         words += [] if parallel.gather_for_generation else ["generates by layers"]
         words += ["optimizer offloaded"] if parallel.offload_optimizer else []
         words += ["weights offloaded"] if parallel.offload_parameters else []
@@ -110,6 +111,7 @@ def candidates(config: Config, *, world_size: int, accumulation: int, device: st
     the optimizer and then the weights in main memory. A layout that was asked for is the only one.
     """
     wanted, asked = config.model.activation_checkpointing, config.parallel
+    quantized = config.method.quantize is not None
     modes = [False, True] if wanted is None and asked.name == "auto" else [bool(wanted)]
     if world_size == 1:
         return [Candidate(strategy="single", parallel=asked, checkpointing=mode) for mode in modes]
@@ -119,17 +121,21 @@ def candidates(config: Config, *, world_size: int, accumulation: int, device: st
         return [Candidate(strategy="ddp", parallel=replace(asked, name="ddp"), checkpointing=mode) for mode in modes]
     found = [
         Candidate(strategy=parallel.name if parallel.name != "auto" else "ddp", parallel=parallel, checkpointing=mode)
-        for mode, parallel in product(modes, _shared(asked, accumulation))
+        for mode, parallel in product(modes, _shared(asked, accumulation, quantized=quantized))
     ]
-    if device == "cuda" and deepspeed and config.model.compile is not True:  # zero3 cannot be compiled
+    if (
+        device == "cuda" and deepspeed and not quantized and config.model.compile is not True
+    ):  # zero3 cannot be compiled
         found += [
             Candidate(strategy="zero3", parallel=parallel, checkpointing=modes[-1]) for parallel in _offloaded(asked)
         ]
     return found
 
 
-def _shared(asked: ParallelConfig, accumulation: int) -> Iterator[ParallelConfig]:
+def _shared(asked: ParallelConfig, accumulation: int, *, quantized: bool) -> Iterator[ParallelConfig]:
     yield replace(asked, name="ddp")
+    if quantized:  # what fsdp cannot hold: rules/matrix.py
+        return
     fsdp = replace(asked, name="fsdp")
     yield replace(fsdp, reshard_after_forward=False)
     yield fsdp
@@ -157,8 +163,10 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
     if layers is None:
         return None
     capacity = config.packing.tokens if capacity is None else capacity
-    compiled = candidate.strategy != "zero3" and (
-        model.compile is True or (model.compile is None and case.device == "cuda" and case.compiles)
+    compiled = (
+        candidate.strategy != "zero3"
+        and method.quantize is None
+        and (model.compile is True or (model.compile is None and case.device == "cuda" and case.compiles))
     )
     return estimate(
         shape,
@@ -166,7 +174,9 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
         dtype=case.dtype,
         capacity=capacity,
         strategy=candidate.strategy,
-        shards=shards_of(candidate, world_size=case.world_size, accumulation=case.accumulation),
+        shards=shards_of(
+            candidate, world_size=case.world_size, accumulation=case.accumulation, sliced=reads_slices(config)
+        ),
         zero=zero_of(candidate, world_size=case.world_size, accumulation=case.accumulation),
         gather_for_generation=candidate.parallel.gather_for_generation,
         adapter=_adapter(config, shape, layers) if method.name == "lora" else None,
@@ -179,6 +189,7 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
         device=case.device,
         compiled=compiled,
         repeats_keys=shape.kv_heads != shape.heads and not has_grouped_attention(),
+        quantized=method.quantize is not None,
     )
 
 
@@ -191,16 +202,24 @@ def _adapter(config: Config, shape: ModelShape, layers: range) -> Adapter:
     return Adapter(rank=method.rank, linears=frozenset(names), layers=len(layers), parameters=count)
 
 
-def shards_of(candidate: Candidate, *, world_size: int, accumulation: int) -> Shards | None:
-    """How fsdp divides the model; None under the other strategies."""
+def reads_slices(config: Config) -> bool:
+    """Whether ranks of fsdp can read their own rows of the base, as far as the config tells."""
+    dora = config.method.name == "lora" and config.method.dora
+    return not (config.method.adapter is not None or dora or config.model.trust_remote_code)
+
+
+def shards_of(candidate: Candidate, *, world_size: int, accumulation: int, sliced: bool = False) -> Shards | None:
+    """How fsdp divides the model; None under the other strategies. ``sliced``: see ``Shards``."""
     if candidate.strategy != "fsdp":
         return None
     parallel = candidate.parallel
     return Shards(
-        ranks=world_size,
+        ranks=parallel.shard_ranks or world_size,
         keep_layers=not parallel.reshard_after_forward,
         whole_gradients=accumulation > 1 and not parallel.reduce_every_micro_batch,
         gather_for_generation=parallel.gather_for_generation,
+        offload=parallel.offload_parameters,
+        sliced=sliced,
     )
 
 

@@ -18,7 +18,7 @@ DEFAULT_BATCH_PACKS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed is installed.
+    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed and bitsandbytes are installed.
 
     ``gpu_memory``: bytes of the smallest GPU; ``main_memory``: of this machine; None: nobody knows. ``compiles``:
     layers can be compiled on GPUs here.
@@ -27,6 +27,7 @@ class Devices:
     gpus: int
     cores: int
     deepspeed: bool = True
+    bitsandbytes: bool = True
     gpu_memory: int | None = None
     main_memory: int | None = None
     compiles: bool = True
@@ -89,7 +90,18 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
             )
         )
     if config.parallel.name.startswith("zero"):
-        problems.extend(_zero_problems(config, device, devices))
+        problems.extend(_zero_problems(config, devices))
+    problems.extend(_sharing_problems(config, device, world))
+    if config.method.quantize is not None and not devices.bitsandbytes:
+        problems.append(
+            Problem(
+                what="needs bitsandbytes, which is not installed",
+                where="method.quantize",
+                got=config.method.quantize,
+                allowed="null",
+                do="pip install -c constraints.txt -e '.[qlora]', or method=lora",
+            )
+        )
     packs = batch_packs(config)
     if packs % world:
         problems.append(_remainder(config, packs, nodes, processes))
@@ -104,8 +116,8 @@ def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> La
     )
 
 
-def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Problem]:
-    """Yield what this machine lacks for DeepSpeed, and what there is nowhere to move to."""
+def _zero_problems(config: Config, devices: Devices) -> Iterator[Problem]:
+    """Yield what this machine lacks for DeepSpeed."""
     parallel = config.parallel
     if not devices.deepspeed:
         yield Problem(
@@ -114,6 +126,21 @@ def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Pr
             got=parallel.name,
             allowed="auto, ddp, fsdp",
             do="pip install -c constraints.txt -e '.[deepspeed]', or parallel=fsdp",
+        )
+
+
+def _sharing_problems(config: Config, device: str, world: int) -> Iterator[Problem]:
+    """Yield groups of ranks that do not come out even, and what there is nowhere to move to."""
+    parallel = config.parallel
+    together = parallel.shard_ranks
+    if together is not None and (world % together or together < 2):
+        fitting = [number for number in range(2, world + 1) if world % number == 0]
+        yield Problem(
+            what="does not divide the ranks into groups that cut the model among themselves",
+            where="parallel.shard_ranks",
+            got=f"{together} with {world} ranks",
+            allowed=", ".join(map(str, fitting)) or "at least two ranks",
+            do=f"parallel.shard_ranks={fitting[0]}" if fitting else "remove it",
         )
     offloaded = {"offload_optimizer": parallel.offload_optimizer, "offload_parameters": parallel.offload_parameters}
     for name, wanted in offloaded.items():

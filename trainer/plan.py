@@ -236,7 +236,11 @@ def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any
     if config.data.over_long != "split":
         dropped.append("split_overlap")
     lora = config.method.name == "lora"
-    of_method = [name for name in method if name != "adapter" and name.startswith("freeze_") != lora]
+    silent = [
+        "adapter",
+        *(["quantize"] if config.method.quantize is None else []),
+    ]  # null: the runs of before there was it
+    of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
     return {
         "format": FORMAT,
         "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},

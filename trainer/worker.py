@@ -12,13 +12,24 @@ from typing import NoReturn
 from trainer.console import run_and_leave
 from trainer.distributed.preflight import MEET_SECONDS
 from trainer.distributed.ranks import start_ranks
+from trainer.distributed.strategy import Strategy
 from trainer.fingerprint import digest
 from trainer.markers import BY_RANKS, is_current
+from trainer.model.loss import PackedLoss
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
 from trainer.rank.exports import write_exports
 from trainer.rank.job import Job, read_inputs
-from trainer.rank.model import check_model, load_base, packed_loss, planned_strategy, trained_loss, whole_model
+from trainer.rank.model import (
+    check_model,
+    cost_of_quantising,
+    load_base,
+    packed_loss,
+    planned_strategy,
+    trained_loss,
+    whole_model,
+)
+from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -64,18 +75,11 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
 
 def do_stages(job: Job, todo: Sequence[str]) -> None:
     """Base model, self-check, baseline; then what is trained on top of it, and its evaluation and export."""
-    with job.stop.at_once("loading"):
-        model = load_base(job)
-        logits_via = check_model(job, model)
-    if "baseline" in todo:
-        with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
-    if set(todo) <= {"baseline"}:
+    base = skeleton(job)
+    loaded = load_whole(job, todo) if base is None else load_in_slices(job, todo, base)
+    if loaded is None:
         return
-    with job.stop.at_once("loading"):
-        loss = trained_loss(job, model, logits_via)
-        strategy = planned_strategy(job, loss)
+    loss, strategy = loaded
     if "train" in todo:
         with job.stage("train") as summary:
             summary |= do_training(job, strategy, loss)
@@ -89,7 +93,38 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
         with job.stage("export") as summary:
             whole = whole_model(job, strategy, loss)
             if whole is not None:
+                summary |= cost_of_quantising(job, loss, whole)
                 summary |= write_exports(job, whole)
+
+
+def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | None:
+    """Every rank loads the base, which is measured, and the strategy takes what is trained on top of it.
+
+    None where nothing but the baseline is to be done.
+    """
+    with job.stop.at_once("loading"), loading(job):
+        model = load_base(job)
+        logits_via = check_model(job, model)
+    if "baseline" in todo:
+        with job.stage("baseline") as summary:
+            if "zero_shot" in job.plan.config.eval.baselines:
+                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
+    if set(todo) <= {"baseline"}:
+        return None
+    with job.stop.at_once("loading"):
+        loss = trained_loss(job, model, logits_via)
+        return loss, planned_strategy(job, loss)
+
+
+def load_in_slices(job: Job, todo: Sequence[str], base: Skeleton) -> tuple[PackedLoss, Strategy] | None:
+    """The same where no rank ever has the whole base: a new adapter changes nothing, so it is measured with it."""
+    with job.stop.at_once("loading"), loading(job):
+        loss, strategy = sharded_loss(job, base)
+    if "baseline" in todo:
+        with job.stage("baseline") as summary:
+            if "zero_shot" in job.plan.config.eval.baselines:
+                summary |= evaluate_on_test(job, "zero_shot", loss, strategy)
+    return None if set(todo) <= {"baseline"} else (loss, strategy)
 
 
 if __name__ == "__main__":

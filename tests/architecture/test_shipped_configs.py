@@ -9,6 +9,7 @@ from trainer.config import Config
 from trainer.layout import Devices
 from trainer.paths import shipped_conf
 from trainer.plan import RunPlan, estimate_memory, make_plan
+from trainer.rules.matrix import method_of
 from trainer.schema import field_docs, field_hints, hint_at, shape
 
 CONF = shipped_conf()
@@ -36,7 +37,7 @@ def plan(tmp_path: Path, *overrides: str, gpus: int = 0) -> RunPlan:
 
 
 def test_all_files_are_covered() -> None:
-    assert len(FILES) == 34
+    assert len(FILES) == 35
     assert [file.name for file in FILES if file.parent == CONF] == ["config.yaml"]
     assert EXPERIMENTS == ["legal_full", "legal_lora", "legal_sft", "smoke"]
     assert not list(CONF.rglob("*.yml"))
@@ -49,7 +50,7 @@ def test_every_choice_is_planned(tmp_path: Path, choice: Path) -> None:
     made = plan(tmp_path, f"{group}={name}", *COMPANIONS.get(f"{group}/{name}", []), *companions)
     assert estimate_memory(made) is not None
     if group not in ("experiment", "model", "data", "optim", "packing", "eval", "export"):
-        section = {"task": made.config.task.name, "method": made.config.method.name,
+        section = {"task": made.config.task.name, "method": method_of(made.config),
                    "parallel": made.config.parallel.name, "launch": made.config.launch.name}  # fmt: skip
         assert section[group] == name
 

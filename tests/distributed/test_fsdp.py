@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fsdp_fixtures
 import numpy as np
 import pytest
+import sliced_fixtures
 from train_fixtures import Run, make_arena, read_metrics, run_calls, run_ranks, train_run
 
 from trainer.distributed.ranks import Ranks, start_ranks
@@ -118,6 +120,13 @@ def test_a_run_moves_from_one_strategy_to_another(tmp_path: Path, data: Path, lo
         found = differences(tmp_path / "one", tmp_path / "two", name)
         assert found.max() <= 1e-5, name
         assert found.mean() <= 1e-6, name
+
+
+def test_slices_of_a_base_are_what_a_whole_load_gives(tmp_path: Path) -> None:
+    for name in ("plain", "tied"):
+        sliced_fixtures.write_base(tmp_path / name, tied=name == "tied")
+    ended = run_calls(partial(sliced_fixtures.slices_are_what_a_whole_load_gives, tmp_path), tmp_path)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,19 @@ def test_a_merged_model_that_rounding_changed_has_that_among_its_limitations():
     changed = dataclasses.replace(ROUNDING, same_answers=7)
     text = render_card(lineage(verification=[comparison("merged", tensors=TENSORS, rounding=changed)]), "merged")
     assert "`merged/` is not quite the model that was evaluated: rounding to the stored dtype moved" in text
+    assert " An adapter beside it is." in text
     assert "is not quite the model" not in render_card(lineage(), "merged")
+
+
+def test_no_export_of_a_base_in_4_bits_is_called_the_model_that_was_evaluated():
+    config = dataclasses.replace(Config(), method=MethodConfig(name="lora", quantize="nf4"))
+    changed = dataclasses.replace(ROUNDING, same_answers=7)
+    verification = [comparison("merged", tensors=TENSORS, rounding=changed)]
+    text = render_card(lineage(config=config, verification=verification), "merged")
+    assert "It was trained and measured on a base in 4 bits; what is exported stands on the base as it was" in text
+    assert "| base in training | linear layers in 4 bits (nf4) |" in text
+    assert "`merged/` is not quite the model that was evaluated: rounding to the stored dtype moved" in text
+    assert "An adapter beside it is." not in text
 
 
 def test_no_placeholder_is_left():

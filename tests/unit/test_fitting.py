@@ -55,8 +55,8 @@ TAKEN = {
     ("8 B", 80, 8): ("fsdp, reduced each time", "ddp"),
     ("8 B", 141, 1): (None, "one process"),
     ("8 B", 40, 64): ("fsdp, checkpointing", "fsdp"),
-    ("70 B", 80, 8): (None, None),
-    ("70 B", 141, 64): (None, None),
+    ("70 B", 80, 8): (None, "fsdp, reduced each time, generates by layers, checkpointing"),
+    ("70 B", 141, 64): ("fsdp, generates by layers, checkpointing", "fsdp, generates by layers"),
 }
 
 

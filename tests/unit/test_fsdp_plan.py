@@ -115,5 +115,7 @@ def test_the_plan_asks_for_the_layout_it_has(tmp_path: Path) -> None:
     assert alone is not None
     assert once == each
     assert added.gradients > once.gradients
-    assert "the whole model before it is cut" in memory_text(once)
+    assert "the whole model before it is cut" not in memory_text(once), "every rank reads its own rows"
+    dora = estimate_memory(planned(tmp_path, "parallel=fsdp", "method.dora=true"))
+    assert "the whole model before it is cut" in memory_text(dora)
     assert "; " not in memory_text(alone)

@@ -12,12 +12,14 @@ from torch.distributed.fsdp import fully_shard
 from train_fixtures import tiny_loss, tiny_strategy
 
 from trainer.distributed import fsdp
-from trainer.distributed.fsdp import FullySharded, Sharding, check_shards, layer_policy, shard_of
+from trainer.distributed.fsdp import FullySharded, Sharding, check_shards, device_mesh, layer_policy, shard_of
 from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.distributed.strategy import make_strategy
 from trainer.errors import RunError, TrainingFault
 from trainer.model.adapters import decoder_layer_modules, inner_model
 from trainer.train.optim import make_optimizer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +103,11 @@ def dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.usefixtures("group")
 def test_a_parameter_that_stayed_whole_is_noticed() -> None:
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     fully_shard(module[0], mesh=mesh)
     with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
-        check_shards(module, mesh, dtypes(module))
+        check_shards(module, mesh, dtypes(module), CPU)
     (problem,) = fault.value.problems
     assert problem.where == "1.weight"
     assert problem.got == "a whole Parameter in torch.float32"
@@ -114,23 +116,40 @@ def test_a_parameter_that_stayed_whole_is_noticed() -> None:
 
 @pytest.mark.usefixtures("group")
 def test_another_dtype_is_noticed() -> None:
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
     module = nn.Linear(2, 2)
     fully_shard(module, mesh=mesh)
     with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
-        check_shards(module, mesh, dict.fromkeys(dtypes(module), torch.bfloat16))
+        check_shards(module, mesh, dict.fromkeys(dtypes(module), torch.bfloat16), CPU)
     assert fault.value.problems[0].got == "Shard(dim=0) over 1 ranks in torch.float32"
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_in_another_place_are_noticed() -> None:
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    module = nn.Linear(2, 2)
+    fully_shard(module, mesh=mesh)
+    with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
+        check_shards(module, mesh, dtypes(module), torch.device("cuda"))
+    assert (fault.value.problems[0].got, fault.value.problems[0].allowed) == ("rows on the cpu", "rows on the cuda")
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_groups_that_do_not_come_out_even_are_refused(ranks: Ranks, together: int) -> None:
+    with pytest.raises(TrainingFault, match="do not divide into groups") as fault:
+        device_mesh(TwoRanks(ranks), together)
+    assert fault.value.problems[0].got == f"2 ranks in groups of {together}"
 
 
 @pytest.mark.usefixtures("group")
 def test_shards_of_another_size_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where fragments start follows from how torch cuts; if it cut otherwise, checkpoints would be wrong."""
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
     module = nn.Linear(2, 2)
     fully_shard(module, mesh=mesh)
     monkeypatch.setattr(fsdp, "shard_of", lambda shape, rank, world_size: (0, 1))
     with pytest.raises(TrainingFault, match="a parameter is not sharded as planned") as fault:
-        check_shards(module, mesh, dtypes(module))
+        check_shards(module, mesh, dtypes(module), CPU)
     assert (fault.value.problems[0].got, fault.value.problems[0].allowed) == ("4 elements on this rank", "1 elements")
 
 

@@ -16,11 +16,13 @@ from functools import partial
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, cast
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +41,7 @@ from trainer.model.adapters import (
     inner_model,
 )
 from trainer.model.attention import IMPLEMENTATION, register
+from trainer.model.load import load_model
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import torch_dtype
 from trainer.train.checkpoint.behind import Saver
@@ -59,8 +62,9 @@ VOCABULARY = 67
 CAPACITY = 96
 IDENTITY, BASE = "0123456789", "base"
 STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
-Variant = Literal["plain", "tied", "frozen", "checkpointed"]
-"""What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing."""
+Variant = Literal["plain", "tied", "frozen", "checkpointed", "4-bit"]
+"""What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing; the
+base in 4 bits."""
 
 
 def tiny_config(dropout: float = 0.0, *, tied: bool = False) -> LlamaConfig:
@@ -85,6 +89,14 @@ def tiny_model(dropout: float = 0.0, seed: int = 0, *, tied: bool = False) -> Ll
     return LlamaForCausalLM._from_config(tiny_config(dropout, tied=tied), attn_implementation=IMPLEMENTATION)
 
 
+def in_4_bits(model: LlamaForCausalLM, dtype: torch.dtype) -> nn.Module:
+    """``model`` as it comes out of the loader with its linear layers in 4 bits."""
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        save_file(model.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        return cast(nn.Module, load_model(folder, dtype=dtype, quantize="nf4"))
+
+
 def tiny_loss(
     *,
     lora: bool,
@@ -98,8 +110,10 @@ def tiny_loss(
     model: nn.Module = tiny_model(dropout, tied=variant == "tied")
     if variant == "frozen":
         freeze(inner_model(model), 1, True)
+    if variant == "4-bit":
+        model = in_4_bits(cast(LlamaForCausalLM, model), compute_dtype)
     if lora:
-        model = cast(nn.Module, model).to(compute_dtype)
+        model = model if variant == "4-bit" else cast(nn.Module, model).to(compute_dtype)
         torch.manual_seed(7)
         model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)  # type: ignore[arg-type]
     if variant == "checkpointed":
@@ -169,6 +183,7 @@ def tiny_strategy(
     dora: bool = False,
     reshard: bool = True,
     reduce_every: bool = False,
+    together: int | None = None,
     gather: bool = True,
     accumulation: int = 1,
     keep_whole_below: int = 0,
@@ -184,6 +199,8 @@ def tiny_strategy(
         reshard_after_forward=reshard,
         reduce_every_micro_batch=reduce_every,
         gather_for_generation=gather,
+        ranks=together,
+        offload=offload,
     )
     kind = kind or ("single" if ranks.world_size == 1 else "ddp")
     strategy = make_strategy(
@@ -235,6 +252,7 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"
     reshard: bool = True
     reduce_every: bool = False
+    together: int | None = None
     keep_whole_below: int = 0
     offload: bool = False
     packs: int = 2
@@ -278,6 +296,7 @@ def train_run(
         dora=run.dora,
         reshard=run.reshard,
         reduce_every=run.reduce_every,
+        together=run.together,
         accumulation=run.packs // run.world_size,
         keep_whole_below=run.keep_whole_below,
         offload=run.offload,

@@ -174,6 +174,13 @@ def _read_layer(path: Path, group: str, cwd: Path, seen: dict[Path, Layer], foun
     return seen[path]
 
 
+NOT_OFFERED = {
+    "ulysses": "no installed library divides one sequence among ranks and keeps the documents of a pack apart",
+    "context": "torch's context parallelism has one causal mask for a sequence, so documents of a pack would meet",
+}
+"""Layouts that people ask for, and why there are none."""
+
+
 def unknown_choice(where: str, group: str, name: object, library: Library) -> Problem:
     """Say that a group has no such choice, which ones it has, and where one could be added."""
     choices = list(library.groups.get(group, {}))
@@ -187,6 +194,11 @@ def unknown_choice(where: str, group: str, name: object, library: Library) -> Pr
             "trainer ... launch=torchrun launch.nodes=$SLURM_NNODES launch.address=FIRST_NODE --node-rank "
             "$SLURM_NODEID'",
         )
+    if group == "parallel" and (why := NOT_OFFERED.get(str(name))):
+        do = (
+            "parallel=fsdp with model.activation_checkpointing=true and a smaller packing.capacity; see docs/layouts.md"
+        )
+        return Problem(what=f"is not offered: {why}", where=where, got=str(name), allowed=", ".join(choices), do=do)
     what = "unknown experiment" if group == "experiment" else f"unknown choice of the group '{group}'"
     folders = ", ".join(str(directory) for directory in library.directories)
     do = nearest(str(name), choices) or f"choose one of these, or add {group}/{name}.yaml to one of: {folders}"

@@ -84,7 +84,7 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
     return [
         ("run", f"{plan.name}/{plan.identity}"),
         ("model", f"{prepared.base.name}, {prepared.base.parameters:,} parameters"),
-        ("method", f"{config.method.name}" + (f", rank {config.method.rank}" if config.method.name == "lora" else "")),
+        ("method", method_text(plan)),
         *devices_rows(plan),
         ("dtype", f"{prepared.dtype} ({prepared.dtype_reason})"),
         ("global batch", f"{batch} of {config.packing.tokens} tokens"),
@@ -99,6 +99,14 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         ),
         ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
     ]
+
+
+def method_text(plan: RunPlan) -> str:
+    """What is trained: ``full``, or ``lora, rank 16`` and in how many bits its base is."""
+    method = plan.config.method
+    if method.name == "full":
+        return "full"
+    return f"lora, rank {method.rank}" + (f", on a base in 4 bits ({method.quantize})" if method.quantize else "")
 
 
 def waiting_text(share: float, cost: str, by_time: bool) -> str:

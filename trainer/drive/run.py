@@ -220,4 +220,5 @@ def _devices(config: Config) -> Devices:
         gpu_memory=gpu_memory() if gpus else None,
         main_memory=main_memory(),
         compiles=not gpus or (find_spec("triton") is not None and has_c_compiler()),
+        bitsandbytes=find_spec("bitsandbytes") is not None,
     )

@@ -191,6 +191,8 @@ def training(lineage: Lineage) -> str:
     config, record = lineage.config, lineage.training
     method, optim = config.method, config.optim
     rows = [["method", method.name]]
+    if method.quantize:
+        rows.append(["base in training", f"linear layers in 4 bits ({method.quantize})"])
     if method.name == "lora":
         rows += [
             ["LoRA", f"rank {method.rank}, alpha {method.alpha:g}, dropout {method.dropout:g}"],

@@ -27,7 +27,8 @@ class Shards:
 
     ``keep_layers``: gathered layers are kept from the forward to the backward pass. ``whole_gradients``: micro-batches
     add up gradients of all trained weights on every rank. ``gather_for_generation``: every rank holds the whole model
-    while answers are generated. ``offload``: what a rank owns is in main memory.
+    while answers are generated. ``offload``: what a rank owns is in main memory. ``sliced``: a rank reads its own rows
+    from the files, and the whole model is never there.
     """
 
     ranks: int
@@ -35,6 +36,7 @@ class Shards:
     whole_gradients: bool
     gather_for_generation: bool
     offload: bool = False
+    sliced: bool = False
 
 
 def estimate(
@@ -132,7 +134,7 @@ def _by_fsdp(
         gradients=unreduced + gradients,
         optimizer=optimizer,
         communication=gathered + FLOAT32 * largest,
-        loading=weights.stored,
+        loading=0 if shards.sliced else weights.stored,
         generating=parameters + optimizer + outer + layer * shape.layers if shards.gather_for_generation else 0,
         offloaded=sum(owned) if shards.offload else 0,
         adds_up=True,

@@ -29,8 +29,10 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def cannot_compile(device: torch.device, strategy: str) -> str | None:
+def cannot_compile(device: torch.device, strategy: str, *, quantised: bool = False) -> str | None:
     """Why torch.compile has no chance on ``device`` under ``strategy``, in words; None where it has."""
+    if quantised:
+        return "it was not tried with a base in 4 bits"
     if strategy == "zero3":
         return "zero3 gathers the weights of a layer piece by piece while it runs"
     if device.type == "cuda" and find_spec("triton") is None:
@@ -40,13 +42,15 @@ def cannot_compile(device: torch.device, strategy: str) -> str | None:
     return None
 
 
-def should_compile(wanted: bool | None, device: torch.device, strategy: str) -> tuple[bool, str]:
-    """Whether to compile, and why, in words. ``wanted`` None: on a GPU, if it can be done.
+def should_compile(
+    wanted: bool | None, device: torch.device, strategy: str, *, quantised: bool = False
+) -> tuple[bool, str]:
+    """Whether to compile, and why, in words. ``wanted`` None: on a GPU, if it can be done and the base has 16 bits.
 
     Raises:
         ModelError: wanted, and impossible here.
     """
-    missing = cannot_compile(device, strategy)
+    missing = cannot_compile(device, strategy, quantised=quantised)
     if wanted and missing:
         raise ModelError(
             "the layers cannot be compiled",

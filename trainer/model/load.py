@@ -34,6 +34,7 @@ from trainer.model import builtin
 from trainer.model.attention import IMPLEMENTATION, refuse_config, register
 from trainer.model.folder import DESCRIBING_FILES, describe_folder, read_config
 from trainer.model.precision import resolve_dtype as resolve_dtype
+from trainer.model.quantised import Quantisation, check_quantised, keep_trainable, quantisation_config
 from trainer.model.quiet import without_progress_bars
 from trainer.samples import BaseModel
 
@@ -134,20 +135,32 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
 
 
 def load_model(
-    directory: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, dropout: bool = True
+    directory: str | Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    dropout: bool = True,
+    quantize: Quantisation | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model in ``directory`` with its weights in ``dtype``, packed attention, and no KV cache by default.
 
-    ``dropout=False`` sets the config's attention dropout to zero (for inference it is off anyway).
+    ``dropout=False`` sets the config's attention dropout to zero (for inference it is off anyway). ``quantize`` holds
+    the linear layers in 4 bits and computes in ``dtype``; they are quantised on ``device`` (None: the CPU).
     The embedding's padding index is removed: with it the padding token, often the end-of-turn token, would never learn
     its embedding, and here padding is known by position.
 
     Raises:
-        ModelError: not a causal language model, or its code does not take our attention.
+        ModelError: not a causal language model, its code does not take our attention, or nothing in it to quantise.
+        RunError: ``quantize`` without bitsandbytes.
+        TrainingFault: the layers are not in 4 bits afterwards.
     """
     register()
     refuse_config(read_config(Path(directory)))
     options: dict[str, Any] = {} if dropout else {"attention_dropout": 0.0}
+    if quantize is not None:
+        options["quantization_config"] = quantisation_config(quantize, dtype)
+        options["device_map"] = {"": device or torch.device("cpu")}
     try:
         with without_progress_bars():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -164,11 +177,19 @@ def load_model(
         raise ModelError("the model cannot be loaded", where=str(directory), got=str(error)[:600]) from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_loading(report, Path(directory))
+    if quantize is not None:
+        check_quantised(model, quantize, dtype)
+        keep_trainable(model)
+    settle(model)
+    return model
+
+
+def settle(model: PreTrainedModel) -> None:
+    """No KV cache by default, and no padding index (see ``load_model``)."""
     model.config.use_cache = False
     embedding = model.get_input_embeddings()
     if isinstance(embedding, torch.nn.Embedding):
         embedding.padding_idx = None
-    return model
 
 
 def matmul_shape(directory: str | Path) -> tuple[int, int]:

@@ -28,9 +28,10 @@ from trainer.model.compiling import compile_layers, should_compile
 from trainer.model.device import free_memory
 from trainer.model.load import load_model
 from trainer.model.loss import LogitsVia, PackedLoss
-from trainer.model.selfcheck import self_check
+from trainer.model.quantised import check_layers, quantised_layers
+from trainer.model.selfcheck import probe_batch, self_check
 from trainer.plan import zero_spec
-from trainer.rank.job import Job, open_arena
+from trainer.rank.job import Job, Summary, open_arena
 from trainer.train.optim import make_optimizer
 
 ROOM = 0.8
@@ -39,23 +40,34 @@ PROBES = 4
 """Documents that the self-check looks at."""
 
 
-def load_base(job: Job, device: torch.device | None = None) -> nn.Module:
-    """The base on ``device`` (None: this rank's): float32 when all of it is trained, else in the compute dtype."""
-    config = job.plan.config
+def load_base(job: Job, device: torch.device | None = None, *, plain: bool = False) -> nn.Module:
+    """The base on ``device`` (None: this rank's): float32 when all of it is trained, else in the compute dtype.
+
+    Its linear layers are in 4 bits where the config says so, unless it has to be ``plain``.
+    """
+    config, device = job.plan.config, device or job.ranks.device
+    quantize = None if plain else config.method.quantize
     weights = torch.float32 if config.method.name == "full" else job.compute_dtype
     trusted = config.model.trust_remote_code
-    job.say(f"loading {job.prepared.base.name}: weights {weights}, computing in {job.prepared.dtype}")
-    model = load_model(job.prepared.base.directory, dtype=weights, trust_remote_code=trusted)
-    return cast(nn.Module, model).to(device or job.ranks.device)
+    held = f"{weights}, linear layers in {quantize}" if quantize else str(weights)
+    job.say(f"loading {job.prepared.base.name}: weights {held}, computing in {job.prepared.dtype}")
+    model = load_model(
+        job.prepared.base.directory, dtype=weights, trust_remote_code=trusted, quantize=quantize, device=device
+    )
+    return cast(nn.Module, model).to(device)
+
+
+def probe_documents(job: Job) -> list[list[int]]:
+    """The first few documents of the run."""
+    arena = open_arena(job.prepared.train)
+    return [arena.document(number)[0].tolist() for number in range(min(PROBES, arena.num_documents))]
 
 
 def check_model(job: Job, model: nn.Module) -> LogitsVia:
     """Run the self-check on documents of the run; returns how the loss has to make its logits."""
-    arena = open_arena(job.prepared.train)
-    probes = [arena.document(number)[0].tolist() for number in range(min(PROBES, arena.num_documents))]
     report = self_check(
         model,
-        probes,
+        probe_documents(job),
         pad_token_id=job.prepared.pad_token_id,
         compute_dtype=job.compute_dtype,
         device=job.ranks.device,
@@ -81,7 +93,9 @@ def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia, *, compiled: 
 def trained_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLoss:
     """The module that is trained, on top of the base ``model``; its layers are compiled where that pays."""
     trained = make_trainable(job, model)
-    compiled, why = should_compile(job.plan.config.model.compile, job.ranks.device, job.plan.strategy)
+    config = job.plan.config
+    quantised = config.method.quantize is not None
+    compiled, why = should_compile(config.model.compile, job.ranks.device, job.plan.strategy, quantised=quantised)
     job.say(f"torch.compile: {f'{compile_layers(trained)} layers' if compiled else 'off'} ({why})")
     return packed_loss(job, trained, logits_via, compiled=compiled)
 
@@ -121,8 +135,10 @@ def _with_adapters(job: Job, model: nn.Module) -> nn.Module:
     return trained
 
 
-def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
-    """The strategy of the plan around ``loss``, prepared."""
+def planned_strategy(
+    job: Job, loss: PackedLoss, read: Callable[[str, int, int], torch.Tensor] | None = None
+) -> Strategy:
+    """The strategy of the plan around ``loss``, prepared; ``read``: numbers of what has none yet (``Sharding``)."""
     parallel = job.plan.parallel
     sharding = None
     if job.plan.strategy == "fsdp":
@@ -131,6 +147,9 @@ def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
             reshard_after_forward=parallel.reshard_after_forward,
             reduce_every_micro_batch=parallel.reduce_every_micro_batch,
             gather_for_generation=parallel.gather_for_generation,
+            ranks=parallel.shard_ranks,
+            offload=parallel.offload_parameters,
+            read=read,
         )
     strategy = make_strategy(
         job.plan.strategy,
@@ -142,6 +161,8 @@ def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
         gather_for_generation=parallel.gather_for_generation,
     )
     strategy.prepare(loss, optimizer_maker(job))
+    if (kind := job.plan.config.method.quantize) is not None:
+        check_layers(quantised_layers(loss), kind, job.compute_dtype)
     return strategy
 
 
@@ -149,11 +170,13 @@ def whole_model(job: Job, strategy: Strategy, loss: PackedLoss) -> PackedLoss | 
     """The trained model in one piece, on rank 0, to be used up; None on the others. All ranks call this.
 
     Where ranks own shards, rank 0 loads the base again and gets what was trained, one parameter at a time, in the dtype
-    in which it was trained. It is put into the main memory where the device has no room for it.
+    in which it was trained. It is put into the main memory where the device has no room for it. So it does where the
+    base was in 4 bits: what is exported stands on the base as it was published.
     """
-    if strategy.replicated:
+    quantised = job.plan.config.method.quantize is not None
+    if strategy.replicated and not quantised:
         return loss if job.ranks.is_first else None
-    job.say("putting the shards together on rank 0")
+    job.say("putting the adapter onto the plain base" if quantised else "putting the shards together on rank 0")
     copy = _plain_copy(job, loss) if job.ranks.is_first else None
     places = {} if copy is None else dict(copy.named_parameters())
     with torch.no_grad():
@@ -163,13 +186,34 @@ def whole_model(job: Job, strategy: Strategy, loss: PackedLoss) -> PackedLoss | 
     return copy
 
 
+def cost_of_quantising(job: Job, trained: PackedLoss, exported: PackedLoss) -> Summary:
+    """Say how far ``exported``, on the plain base, is from the model that was ``trained`` on a base in 4 bits.
+
+    By the loss per token of a few documents of the run. Nothing where the base was not in 4 bits.
+    """
+    if job.plan.config.method.quantize is None:
+        return {}
+    figures: dict[str, float] = {}
+    for name, model in (("loss_4bit", trained), ("loss_exported", exported)):
+        batch = probe_batch(probe_documents(job), next(model.parameters()).device)
+        with torch.no_grad():
+            figures[name] = float(model.eval()(batch)) / batch.num_targets
+    job.warn(
+        "the adapter was trained on a base in 4 bits and is exported for, and merged into, the base as published: "
+        f"loss {figures['loss_4bit']:.4f} on a few documents in training, {figures['loss_exported']:.4f} as exported"
+    )
+    return {**figures}
+
+
 def _plain_copy(job: Job, loss: PackedLoss) -> PackedLoss:
     """The base with adapters, if there are any, as this rank had it before the strategy cut it."""
     needed, device = sum(whole_size(p) * p.element_size() for p in loss.parameters()), job.ranks.device
+    if job.plan.config.method.quantize is not None:
+        needed = job.prepared.base.parameters * job.compute_dtype.itemsize
     if device.type != "cpu" and needed > ROOM * free_memory(device):
         job.warn(f"the whole model ({needed / 1e9:.1f} GB) has no room beside the shards: it is exported from the CPU")
         device = torch.device("cpu")
-    whole = _with_adapters(job, load_base(job, device))
+    whole = _with_adapters(job, load_base(job, device, plain=True))
     return packed_loss(job, whole, loss.logits_via)
 
 

@@ -8,14 +8,14 @@ from trainer.errors import Problem
 from trainer.rules.names import BUILTIN_MODELS, is_hub_model
 from trainer.rules.problems import no_effect, not_among
 
-_LORA_ONLY = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "dora", "adapter")
+_LORA_ONLY = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "dora", "adapter", "quantize")
 _FROM_ADAPTER = ("rank", "alpha", "targets", "layers", "rslora", "dora")
 _FULL_ONLY = ("freeze_layers", "freeze_embeddings")
 _PARALLEL_ONLY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("fsdp",), ("reshard_after_forward", "reduce_every_micro_batch")),
-    (("fsdp", "zero3"), ("gather_for_generation",)),
+    (("fsdp",), ("reshard_after_forward", "reduce_every_micro_batch", "shard_ranks")),
+    (("fsdp", "zero3"), ("gather_for_generation", "offload_parameters")),
     (("zero1", "zero2", "zero3"), ("offload_optimizer",)),
-    (("zero3",), ("keep_whole_below", "offload_parameters")),
+    (("zero3",), ("keep_whole_below",)),
 )
 """Ways of sharing the work, and the settings that only they have."""
 _LAYERS = re.compile(r"\s*-?\d*\s*:\s*-?\d*\s*")

@@ -1,0 +1,142 @@
+"""What ranks show of loading in slices and of groups of ranks; in a module that another process finds."""
+
+import resource
+from pathlib import Path
+from typing import cast
+
+import torch
+from fsdp_fixtures import DOCUMENTS, learn
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from train_fixtures import tiny_strategy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainer.distributed.fsdp import FullySharded, Sharding, local
+from trainer.distributed.ranks import Ranks
+from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
+from trainer.model.load import load_model, settle
+from trainer.model.loss import PackedLoss
+from trainer.model.selfcheck import probe_batch, self_check
+from trainer.model.slices import (
+    parameter_names,
+    plan_slices,
+    slice_reader,
+    standing_in,
+    stored_tensors,
+    without_numbers,
+)
+from trainer.train.optim import make_optimizer
+
+
+def write_base(folder: Path, *, tied: bool = False, hidden: int = 64, layers: int = 2, vocabulary: int = 67) -> int:
+    """A random Llama in bfloat16, rows that do not divide by two; returns the bytes of its weights in float32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    folder.mkdir()
+    config.save_pretrained(folder)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(4 * weight.numel() for weight in weights.values())
+
+
+def trained(base: nn.Module, lora: bool, dtype: torch.dtype) -> PackedLoss:
+    if lora:
+        torch.manual_seed(7)
+        base = attach_lora(inner_model(base), rank=4, alpha=8.0)
+    return PackedLoss(base, chunk=16, compute_dtype=dtype)
+
+
+def prepared(ranks: Ranks, loss: PackedLoss, sharding: Sharding, dtype: torch.dtype) -> FullySharded:
+    strategy = FullySharded(ranks, sharding, dtype=dtype, clip_norm=1.0)
+    strategy.prepare(loss, lambda m: make_optimizer(m, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
+    return strategy
+
+
+def in_slices(ranks: Ranks, folder: Path, *, lora: bool, dtype: torch.dtype) -> FullySharded:
+    """The base in ``folder`` without numbers, cut, then read."""
+    model = without_numbers(folder, dtype if lora else torch.float32)
+    assert model is not None
+    settle(model)
+    places, names = plan_slices(model, stored_tensors(folder)), parameter_names(model)
+    assert isinstance(places, dict), places
+    with standing_in(model):
+        loss = trained(cast(nn.Module, model), lora, dtype)
+    layers = decoder_layer_modules(inner_model(loss.model))
+    return prepared(ranks, loss, Sharding(layers=layers, read=slice_reader(loss, names, places)), dtype)
+
+
+def at_once(ranks: Ranks, folder: Path, *, lora: bool, dtype: torch.dtype) -> FullySharded:
+    """The same, loaded whole on every rank."""
+    loss = trained(cast(nn.Module, load_model(folder, dtype=dtype if lora else torch.float32)), lora, dtype)
+    return prepared(ranks, loss, Sharding(layers=decoder_layer_modules(inner_model(loss.model))), dtype)
+
+
+def slices_are_what_a_whole_load_gives(folder: Path, ranks: Ranks) -> None:
+    """Every weight, the frozen ones and new adapters too, before and after steps; and the self-check on shards."""
+    cases = ((False, torch.float32, "plain"), (True, torch.bfloat16, "tied"), (True, torch.float32, "plain"))
+    for lora, dtype, base in cases:
+        both = [load(ranks, folder / base, lora=lora, dtype=dtype) for load in (in_slices, at_once)]
+        for _ in range(2):
+            one, two = (dict(strategy.inner.named_parameters()) for strategy in both)
+            assert list(one) == list(two)
+            for name, parameter in one.items():
+                assert isinstance(parameter, DTensor), name
+                assert parameter.dtype == two[name].dtype, name
+                assert parameter.requires_grad == two[name].requires_grad, name
+                assert torch.equal(local(parameter.detach()), local(two[name].detach())), name
+            for strategy in both:
+                learn(strategy)
+        (sliced, _), cpu = both, torch.device("cpu")
+        with sliced.gathered(layers=False):
+            model = cast(PackedLoss, sliced.inner).model
+            self_check(model, DOCUMENTS, pad_token_id=0, compute_dtype=dtype, device=cpu)
+
+
+def a_rank_never_has_the_whole(folder: Path, size: int, ranks: Ranks) -> None:
+    """Memory of the process grows by less than the whole model; the other way it grows by more."""
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    learn(tiny_strategy(ranks, lora=False, kind="fsdp")[0])  # what any start takes
+    before = peak()
+    strategy = in_slices(ranks, folder, lora=False, dtype=torch.float32)
+    assert peak() - before < 0.75 * size, (peak() - before, size)
+    del strategy
+    before = peak()
+    at_once(ranks, folder, lora=False, dtype=torch.float32)
+    assert peak() - before > 0.75 * size, (peak() - before, size)
+
+
+def groups_are_replicas(ranks: Ranks) -> None:
+    """Four ranks in groups of two: halves, twice; the first group writes everything once, both read it."""
+    strategy, loss = tiny_strategy(ranks, lora=False, kind="fsdp", together=2)
+    learn(strategy, 2)
+    held = whole = 0
+    for name, parameter in loss.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.placements[0] == Replicate(), name
+        held, whole = held + local(parameter.detach()).numel(), whole + parameter.numel()
+    assert 0.49 < held / whole < 0.51, (held, whole)
+    written = sum(fragment.length for fragment in strategy.fragments(saving=True))
+    assert (written > 0) == (ranks.rank < 2)
+    (total,) = ranks.sum_over_ranks(torch.tensor([written], dtype=torch.int64)).tolist()
+    assert total == whole
+    assert sum(fragment.length for fragment in strategy.fragments(saving=False)) == held
+    mine = torch.cat([fragment.tensors["param"] for fragment in strategy.fragments(saving=False)])
+    everyone = ranks.gather(mine)
+    assert torch.equal(everyone[0], everyone[2])
+    assert torch.equal(everyone[1], everyone[3])
+    with torch.no_grad():
+        assert float(loss(probe_batch(DOCUMENTS, torch.device("cpu")))) > 0
