@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import os
 import secrets
 import signal
 import socket
@@ -40,6 +41,8 @@ class Chair:
         self._results: dict[int, NodeResult] = {}
         self._changed = threading.Condition(self._lock)
         self._gone: set[int] = set()
+        self._wires: list[Wire] = []  # of all who said hello, let in or not
+        self._hung_up = 0
         self._over = False
         self._farewell: Message = {"finish": 1, "cause": f"{name_of(0, host)} ended without a word"}
         threading.Thread(target=self._accept, daemon=True).start()
@@ -52,10 +55,12 @@ class Chair:
             self._over, farewell = True, self._farewell
         self._send(farewell)
         with self._changed:  # a seat hangs up when it has heard it; closing first could take it from the wire
-            self._changed.wait_for(lambda: len(self._gone) == len(self._seats), timeout=HANG_UP_SECONDS)
+            self._changed.wait_for(lambda: self._hung_up == len(self._wires), timeout=HANG_UP_SECONDS)
         self._listener.close()
-        for seat in self._seats.values():
-            seat.wire.close()
+        while not self._arrivals.empty():
+            self._wires.append(self._arrivals.get()[1])
+        for wire in self._wires:
+            wire.close()
 
     def ends_with(self, code: int, cause: str = "") -> None:
         """What the seats are told at the end: their exit code, and one line."""
@@ -103,8 +108,10 @@ class Chair:
         elif not problem and not hmac.compare_digest(hello.token, self._token):
             problem = "it does not see the run folder that node 0 sees"
         problem = problem or check(hello)
+        self._wires.append(wire)
         if problem:
             wire.send({"refused": problem})
+            wire.on_messages(lambda _: None, lambda _: self._hang_up())
             raise MeetingError(
                 f"{name_of(node, hello.host)} cannot take part",
                 got=problem,
@@ -146,11 +153,16 @@ class Chair:
                 self._fail(node, f"{name}: {result.cause}", GRACE_SECONDS)
             self._conclude(node, result)
 
-    def _lose(self, node: int, why: str) -> None:
+    def _hang_up(self) -> None:
         with self._changed:
+            self._hung_up += 1
+            self._changed.notify_all()
+
+    def _lose(self, node: int, why: str) -> None:
+        with self._lock:
             self._gone.add(node)
             concluded = self._over or node in self._results
-            self._changed.notify_all()
+        self._hang_up()
         if not concluded:
             cause = f"its agent was killed, or the machine is lost ({why})"
             self._fail(node, f"{name_of(node, self._seats[node].host)}: {cause}", LOST_GRACE_SECONDS)
@@ -241,7 +253,7 @@ def open_chair(host: str, port: int, nodes: int, token: str) -> Chair:
     except OSError as fault:
         raise MeetingError(
             "cannot listen where the machines are to meet",
-            got=f"{host}:{port}: {fault.strerror or fault}",
+            got=f"{host}:{port}: {os.strerror(fault.errno or 0)}",
             do="another port, launch.address=HOST:PORT on all machines; node 0 has to be the machine of that address",
         ) from None
     return Chair(listener, host=host, nodes=nodes, token=token)

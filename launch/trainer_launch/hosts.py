@@ -12,6 +12,7 @@ from trainer_launch.machines import (
     FromOutside,
     from_environment,
     node_command,
+    probe_line,
     relay_words,
     remote_line,
     sent_variables,
@@ -31,7 +32,7 @@ def told_by_environment() -> FromOutside:
 
 def unreachable(ssh: Sequence[str], hosts: Sequence[str], *, folder: str, python: str) -> dict[str, str]:
     """Those of ``hosts`` that cannot be used, with the reason: no answer, no such folder or Python there."""
-    line = remote_line([python, "-c", ""], folder=folder, python=python, variables={})
+    line = probe_line(folder=folder, python=python)
 
     def ask(host: str) -> str:
         try:

@@ -113,6 +113,11 @@ def remote_line(words: Sequence[str], *, folder: str, python: str, variables: Ma
     return f"cd {shlex.quote(folder)} && exec {shlex.join(['env', *settings, python, '-I', '-S', BEHIND_SSH, *words])}"
 
 
+def probe_line(*, folder: str, python: str) -> str:
+    """The line that ends well where ``folder`` and ``python`` are."""
+    return f"cd {shlex.quote(folder)} && exec {shlex.join([python, '-I', '-S', '-c', ''])}"
+
+
 def ssh_words(ssh: Sequence[str], host: str, line: str) -> tuple[str, ...]:
     """The ssh command that runs ``line`` on ``host``."""
     return (*ssh, *SSH_OPTIONS, host, line)

@@ -88,7 +88,8 @@ class Wire:
         """Hang up; what was sent before still arrives."""
         self._closed.set()
         with contextlib.suppress(OSError):  # the other end was faster
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes up who reads, who would otherwise hold the lock below
+        self._lines.close()
         self._socket.close()
 
     def _give_signs(self) -> None:

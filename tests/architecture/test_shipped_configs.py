@@ -20,6 +20,7 @@ COMPANIONS = {
     "data/files": ["data.train=rows.jsonl"],
     "data/legal": ["task=classification"],
     "data/smoke": [],
+    "launch/torchrun": ["launch.nodes=2", "launch.address=n0"],
     "parallel/ddp": ["launch.processes=2"],
     "parallel/fsdp": ["launch.processes=2"],
     "parallel/zero1": ["launch.processes=2"],
@@ -35,7 +36,7 @@ def plan(tmp_path: Path, *overrides: str, gpus: int = 0) -> RunPlan:
 
 
 def test_all_files_are_covered() -> None:
-    assert len(FILES) == 33
+    assert len(FILES) == 34
     assert [file.name for file in FILES if file.parent == CONF] == ["config.yaml"]
     assert EXPERIMENTS == ["legal_full", "legal_lora", "legal_sft", "smoke"]
     assert not list(CONF.rglob("*.yml"))

@@ -46,7 +46,7 @@ class StandIn:
 
     folder: Path
 
-    def spec(self, *, processes: int = 2, port: int = 29555) -> LaunchSpec:
+    def spec(self, *, processes: int = 2, port: int = 29555, nodes: int = 1, node_rank: int = 0) -> LaunchSpec:
         return LaunchSpec(
             run_dir=str(self.folder),
             module="stand_in",
@@ -55,6 +55,8 @@ class StandIn:
             threads=1,
             python=sys.executable,
             master_port=port,
+            nodes=nodes,
+            node_rank=node_rank,
         )
 
     def child(self, rank: int, *, shown: bool = False, variables: Mapping[str, str] | None = None) -> Child:

@@ -55,14 +55,14 @@ def meeting_point(environment: Mapping[str, str]) -> MeetingPoint:
     return MeetingPoint(host=host, port=int(port), kept=kept, prefix=f"trimtab/{attempt}" if kept else "trimtab")
 
 
-def meet(point: MeetingPoint, rank: int, world_size: int, *, seconds: float) -> dist.Store:
+def meet(point: MeetingPoint, rank: int, world_size: int, *, seconds: float) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """Wait until all ranks are here; gives the store that they share.
 
     Raises:
         RunError: naming the ranks that are missing after ``seconds``, or rank 0 cannot be reached.
     """
     try:
-        shared = dist.TCPStore(
+        shared = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             point.host,
             point.port,
             world_size,
@@ -72,7 +72,7 @@ def meet(point: MeetingPoint, rank: int, world_size: int, *, seconds: float) -> 
         )
     except dist.DistNetworkError as fault:
         raise _unreachable(point, rank, seconds, fault) from None
-    store = dist.PrefixStore(point.prefix, shared)
+    store = dist.PrefixStore(point.prefix, shared)  # pyright: ignore[reportPrivateImportUsage]
     keys = [f"here/{number}" for number in range(world_size)]
     store.set(keys[rank], "1")
     try:
