@@ -40,6 +40,7 @@ FIRST_PORT, PORTS = 15_000, 15_000
 """Below what systems give to outgoing connections, which begins at 32768."""
 _MARK = re.compile(r"@([A-Z]+)@")
 _GPUS = re.compile(r"(?:gres[:/])?gpu(?::[A-Za-z_][\w.\-]*)?(?::(\d+))?(?:\(.*\))?")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _PLAIN = re.compile(r"[\w@%+=:,./\-\[\]&|*()]+")
 
 
@@ -159,6 +160,18 @@ def gpus_in(gres: str | None) -> int:
     """GPUs on a machine that ``gres`` asks for: ``gpu``, ``gpu:4``, ``gpu:a100:4``, among others after commas."""
     found = [_GPUS.fullmatch(part) for part in re.split(r",(?![^(]*\))", gres or "")]
     return sum(int(match.group(1) or 1) for match in found if match is not None)
+
+
+def limit_seconds(time: str) -> int | None:
+    """Seconds of a time limit as sbatch takes it; None: it is none, or has none (``UNLIMITED``)."""
+    match = _TIME.fullmatch(time.strip())
+    if match is None:
+        return None
+    days, first = int(match["days"] or 0), int(match["first"])
+    second, third = int(match["second"] or 0), int(match["third"] or 0)
+    if match["days"] is not None or match["third"] is not None:  # days-hours[:minutes[:seconds]], hours:minutes:seconds
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
 
 
 def option_name(option: str) -> str:

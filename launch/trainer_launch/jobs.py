@@ -11,8 +11,9 @@ from datetime import datetime
 from enum import Enum
 
 DONE = 0
-AGAIN = (74, 75)
-"""Something outside failed, or stopped in good order: the same command goes on."""
+AGAIN = (75, 74, 128 + 1, 128 + 10, 128 + 15)
+"""Stopped in good order, something outside failed, or SIGHUP, SIGUSR1 or SIGTERM came before anybody listened (x86 and
+Arm numbers): the same command goes on."""
 NEEDS_PERSON = 76
 OVER = frozenset(
     {
@@ -155,9 +156,11 @@ def decide(code: int, job: Job | None, *, restarts: int, stalls: int, max_stalls
     """
     if code == DONE:
         return Decision(Next.NOTHING, "finished", DONE)
-    if job is not None and job.restarts > restarts:
+    if job is None:
+        return Decision(Next.NOTHING, "the controller does not answer, so that nobody knows what the job may do", code)
+    if job.restarts > restarts:
         return Decision(Next.NOTHING, "Slurm has requeued the job already", code)
-    if job is not None and job.state != "RUNNING":
+    if job.state != "RUNNING":
         return Decision(Next.NOTHING, f"the job was ended from outside ({job.state}); it is not requeued", code)
     if code in AGAIN and stalls >= max_stalls:
         why = f"{stalls} starts in a row brought no new checkpoint and finished no stage (launch.max_stalls)"
@@ -176,7 +179,7 @@ def end_code(job: Job) -> int:
     if job.exit_code:
         return job.exit_code
     if job.state in CAN_GO_ON:
-        return AGAIN[-1]
+        return AGAIN[0]
     return 128 + job.signal if job.signal else 1
 
 

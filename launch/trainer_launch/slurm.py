@@ -97,6 +97,16 @@ def show(job: int) -> Job:
     return found
 
 
+def name_and_comment(job: int) -> tuple[str, str]:
+    """What a job of this user is called, and its comment.
+
+    Raises:
+        SlurmError: there is no answer.
+    """
+    name, _, comment = _call("squeue", "--noheader", f"--jobs={job}", "--format=%j|%k").strip().partition("|")
+    return name, comment
+
+
 def queued(name: str) -> list[Job]:
     """This user's jobs of that name that the controller still has, ended ones too, the oldest first.
 
