@@ -286,8 +286,8 @@ class LaunchConfig:
     threads: Count | None = None
     """CPU threads of each rank; null: the cores divided by the ranks."""
     time: str | None = None
-    """slurm: time limit as sbatch takes it: ``90`` (minutes), ``4:00:00``, ``2-12`` (days, hours). The run stops in good
-    order before it and is requeued. This and the next six: null leaves it to the cluster."""
+    """slurm: time limit as sbatch takes it: ``90`` (minutes), ``4:00:00``, ``2-12`` (days, hours). The run stops in
+    good order before it and is requeued. Where this and the next seven are null, the cluster decides."""
     partition: str | None = None
     """slurm: partition."""
     account: str | None = None

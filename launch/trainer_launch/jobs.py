@@ -1,7 +1,7 @@
 """What Slurm says about jobs, as values, and what follows from it when a start of a job has ended. Nothing is called.
 
 scontrol and squeue show COMPLETING while a job's processes are still ending, whatever ended it: cancelled, requeued or
-finished. The count of restarts tells the requeued one apart; what is neither running nor requeued was ended by somebody.
+finished. The count of restarts tells the requeued one apart; what neither runs nor was requeued, somebody has ended.
 """
 
 import re

@@ -41,7 +41,7 @@ HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.S
 TRIES, PAUSE = 40, 15.0
 """So often, so many seconds apart, a controller that does not answer is asked: ten minutes."""
 LOCK_SECONDS = 180.0
-"""How long a start waits for processes of an earlier one that still hold the run: on a machine that was cut off, say."""
+"""How long a start waits for processes of an earlier one that still hold the run, on a machine that was cut off."""
 
 
 class Step:

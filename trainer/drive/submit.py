@@ -122,7 +122,7 @@ def submit_run(plan: RunPlan, verb: str, *, cwd: Path, check: Callable[[RunFolde
 def _submit_new(
     plan: RunPlan, folder: RunFolder, verb: str, cwd: Path, check: Callable[[RunFolder], list[str]]
 ) -> Job | None:
-    """Write the folder and submit; None: nothing is left to do. A job of number 0: nobody knows whether there is one."""
+    """Write the folder and submit. None: nothing is left to do; number 0: nobody knows whether there is a job."""
     made = first_missing(folder.root)
     make_folder(folder)
     with hold(folder.lock, "submit"):
