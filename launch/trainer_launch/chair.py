@@ -207,10 +207,10 @@ class Chair:
         with self._lock:
             self._results = {node: one for node, one in self._results.items() if node in self._gone}
             self._order = [node for node in self._order if node in self._gone]
-            gone = [(node, self._results[node].cause) for node in sorted(self._gone)]
+            gone = sorted(self._gone)
         self._line.forget()
-        for node, cause in gone:
-            self._line.tell(FailureThere(f"{name_of(node, self._seats[node].host)}: {cause}", LOST_GRACE_SECONDS))
+        for node in gone:
+            self._line.tell(FailureThere(f"{name_of(node, self._seats[node].host)} has left", LOST_GRACE_SECONDS))
         self._send({"start": order})
 
     def conclude(self, own: NodeResult) -> NodeResult:

@@ -178,7 +178,10 @@ def test_ctrl_c_saves_on_both_and_the_same_command_goes_on(tmp_path: Path) -> No
     assert "Nothing is lost; to continue, type:" in stopped.out
     reached = len(figures(tmp_path / "run"))
     assert 0 < reached < 4000
-    again = trainer_until(tmp_path, words, lambda line, process: interrupt(line, process))
+    asked.clear()
+    again = trainer_until(tmp_path, words, interrupt)
+    assert again.code == 75, again.out
+    assert len(figures(tmp_path / "run")) > reached
     assert any("continuing after step" in line for line in again.words()), again.out
 
 

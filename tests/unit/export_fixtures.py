@@ -1,5 +1,6 @@
 """A tiny base, a tuned model on it, and what an export needs besides; and a whole run folder as the stages leave it."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from trainer.config import Config
 from trainer.evaluate.generate import generate
-from trainer.export.inference import Inference, golden_prompts, load_plain_tokenizer, make_inference
+from trainer.export.golden import golden_prompts, narrow, price_of_rounding
+from trainer.export.inference import Inference, load_plain_tokenizer, make_inference
+from trainer.export.weights import Exported, export_merged, merge
 from trainer.markers import Marker, write_marker
 from trainer.model.adapters import attach_lora
 from trainer.model.builtin import tiny
@@ -98,6 +101,27 @@ def inference_of(model: torch.nn.Module, folder: Path, *, count: int = 3, **chan
         "golden": golden,
     }
     return make_inference(**(settings | changes))  # type: ignore[arg-type]
+
+
+def merged_export(
+    model: PeftModel | PreTrainedModel, folder: Path, base: Path, *, dtype: torch.dtype = torch.float32
+) -> Exported:
+    """``folder`` as the export stage writes it; uses ``model`` up."""
+    trained = inference_of(model, base, dtype=str(dtype).removeprefix("torch."))
+    whole = merge(model)
+    narrow(whole, dtype)
+    given = answers(whole, examples(base))
+    golden = golden_prompts(whole.float(), examples(base), given)  # type: ignore[operator]
+    price = price_of_rounding(whole, trained.golden, golden)
+    return export_merged(
+        whole,
+        folder,
+        tokenizer=base,
+        inference=dataclasses.replace(trained, golden=golden, rounding=price),
+        base_directory=base,
+        dtype=dtype,
+        max_shard_gb=5.0,
+    )
 
 
 def plan_of(folder: RunFolder, config: Config | None = None) -> RunPlan:

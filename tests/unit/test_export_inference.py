@@ -9,16 +9,12 @@ import torch
 from export_fixtures import PAD, STOP, answers, base_folder, examples, inference_of, tuned_full
 
 from trainer.errors import ModelError, RunError
+from trainer.export.golden import answer_log_probs, choose_golden, golden_prompts, narrow, openings, widen
 from trainer.export.inference import (
-    answer_log_probs,
-    choose_golden,
-    golden_prompts,
     load_plain_tokenizer,
-    openings,
     probe_template,
     read_inference,
     template_sha256,
-    widen,
     write_serving_files,
 )
 
@@ -39,6 +35,17 @@ def test_golden_prompts_hold_the_models_own_answers(base: Path):
         assert one.generated_ids == answer.token_ids == [ids[0] for ids in one.top_ids]  # greedy: the likeliest
         assert all(values == sorted(values, reverse=True) and values[0] < 0 for values in one.top_log_probs)
         assert all(len(ids) == 5 for ids in one.top_ids)
+
+
+def test_what_is_stored_is_narrowed_and_nothing_else(base: Path):
+    """Rotary frequencies are in no file: a reader computes them in float32, and so must what a copy is judged by."""
+    model = tuned_full(base)
+    narrow(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    buffers = dict(model.named_buffers())
+    assert {tensor.dtype for name, tensor in buffers.items() if name.endswith("inv_freq")} == {torch.float32}
+    tied = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]  # type: ignore[union-attr]
+    assert tied[0] is tied[1] or tied[0].dtype == tied[1].dtype == torch.bfloat16
 
 
 def test_fewer_rows_than_golden_prompts(base: Path):

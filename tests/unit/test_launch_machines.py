@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +221,17 @@ while True:
 """
 
 
-def over_ssh(tmp_path: Path) -> subprocess.Popen[str]:
+@contextmanager
+def over_ssh(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A connection to a program that listens to signals; its first line is its process id."""
     command = [sys.executable, "-c", LISTENS]
     line = remote_line(command, folder=str(tmp_path), python=sys.executable, variables={})
     words = relay_words(sys.executable, ssh_words([str(stand_in_ssh(tmp_path))], "127.0.0.2", line))
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_signal_here_is_a_signal_at_the_other_end_of_ssh(tmp_path: Path) -> None:

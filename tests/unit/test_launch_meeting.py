@@ -136,6 +136,7 @@ def test_signs_of_life_are_heard_and_are_no_messages() -> None:
         two = Wire(server.accept()[0], silence=5)
         one.keep_alive()
         assert two._receive() == {"beat": 1}
+        one.send({"beat": 1})
         one.send({"stop": "SIGTERM"})
         assert two.receive() == {"stop": "SIGTERM"}
         one.close()

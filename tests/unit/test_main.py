@@ -127,14 +127,15 @@ def test_several_runs_one_after_the_other(
 def test_the_first_run_that_does_not_end_well_ends_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, int, str]] = []
 
-    def pretend(verb: str, config: object, *, cwd: Path, command: str) -> int:
+    def pretend(verb: str, config: object, *, cwd: Path, command: str, words: list[str], node_rank: int | None) -> int:
         done.append((verb, config.run.seed, command))  # type: ignore[attr-defined]
+        assert (words, node_rank) == (["train", "+experiment=smoke", "run.seed=1"], 1)  # one run of the series
         return 75
 
     monkeypatch.setattr(command_line, "do_new", pretend)
 
-    assert act(["train", "-m", "+experiment=smoke", "run.seed=1,2"], tmp_path) == 75
-    assert done == [("train", 1, "python -m trainer train -m +experiment=smoke run.seed=1,2")]
+    assert act(["train", "-m", "+experiment=smoke", "run.seed=1,2", "--node-rank", "1"], tmp_path) == 75
+    assert done == [("train", 1, "python -m trainer train -m +experiment=smoke run.seed=1,2 --node-rank 1")]
 
 
 def test_several_run_folders_one_after_the_other(

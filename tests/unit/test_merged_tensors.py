@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from trainer.errors import TrainingFault
 from trainer.export.comparison import TensorComparison
 from trainer.export.tensors import compare_tensors
-from trainer.export.weights import export_adapter, export_merged
+from trainer.export.weights import export_adapter, export_merged, merge
 from trainer.model import builtin
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def make(root: Path, base: Path, *, dtype: torch.dtype = BFLOAT16, widened: bool
     if widened:
         model.float()
     export_merged(
-        model,
+        merge(model),
         merged,
         tokenizer=base,
         inference=inference,

@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from export_fixtures import base_folder, inference_of, tuned_full, tuned_lora, write_run
+from export_fixtures import base_folder, inference_of, merged_export, tuned_full, tuned_lora, write_run
 from safetensors.torch import load_file, save_file
 
 from trainer.config import Config, ExportConfig
 from trainer.errors import RunError, TrainingFault
-from trainer.export import verify
-from trainer.export.comparison import VERIFICATION, Comparison, TensorComparison, describe
+from trainer.export import answers, verify
+from trainer.export.comparison import MEAN_SHARE, VERIFICATION, Comparison, Rounding, TensorComparison, describe
 from trainer.export.inference import INFERENCE, GoldenPrompt, read_inference
 from trainer.export.verify import main, verify_adapter, verify_merged, verify_run
-from trainer.export.weights import export_adapter, export_merged
+from trainer.export.weights import export_adapter
 from trainer.markers import is_current, read_marker
 from trainer.paths import CHECKOUT, RunFolder
 from trainer.plan import stage_inputs
@@ -49,15 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         base_reference=str(base),
         base_revision="",
     )
-    export_merged(
-        model,
-        root / "export" / "merged",
-        tokenizer=base,
-        inference=inference,
-        base_directory=base,
-        dtype=torch.float32,
-        max_shard_gb=5.0,
-    )
+    merged_export(model, root / "export" / "merged", base)
     return Made(root=root, base=base)
 
 
@@ -107,41 +99,67 @@ def test_the_plain_readers_use_nothing_of_ours(made: Made):
 
 
 def test_full_fine_tuning_is_verified_without_an_adapter(made: Made, tmp_path: Path):
-    model = tuned_full(made.base)
-    inference = inference_of(model, made.base)
     folder = RunFolder(tmp_path)
-    export_merged(
-        model,
-        folder.merged,
-        tokenizer=made.base,
-        inference=inference,
-        base_directory=made.base,
-        dtype=torch.float32,
-        max_shard_gb=5.0,
-    )
+    merged_export(tuned_full(made.base), folder.merged, made.base)
     found = verify_run(folder, base_directory=made.base, adapter=False, merged=True, merged_from=None, device=CPU)
     assert [(one.name, one.equal, one.near_ties) for one in found] == [("merged", 3, 0)]
     assert found[0].base_difference is None
     assert found[0].tensors is None
 
 
-def test_a_merged_model_may_differ_by_the_rounding_of_its_weights(made: Made, tmp_path: Path):
-    model = tuned_lora(made.base)
-    inference = inference_of(model, made.base, dtype="bfloat16")
-    export_merged(
-        model,
-        tmp_path / "merged",
-        tokenizer=made.base,
-        inference=inference,
-        base_directory=made.base,
-        dtype=torch.bfloat16,
-        max_shard_gb=5.0,
-    )
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_copy_meets_the_rounded_model_however_far_rounding_moved_it(made: Made, tmp_path: Path, kind: str):
+    """In bfloat16 the copy is judged by the rounded model in memory, not by a bound wide enough for any rounding."""
+    model = tuned_lora(made.base) if kind == "lora" else tuned_full(made.base)
+    merged_export(model, tmp_path / "merged", made.base, dtype=torch.bfloat16)
     found = verify_merged(tmp_path / "merged", CPU)
-    assert 0 < found.difference < found.tolerance == verify.ROUNDED["bfloat16"]
-    perturb("model.norm.weight", 9.0)(tmp_path / "merged")
-    with pytest.raises(TrainingFault, match=r"allowed: up to 2, 0\.2 on average; computed in float32, stored in"):
+    assert found.tolerance == answers.SAME_WEIGHTS
+    assert found.difference < 1e-4
+    assert found.rounding is not None
+    assert found.rounding.mean > answers.SAME_WEIGHTS * MEAN_SHARE  # before rounding it would be refused
+    assert "; rounding to the stored dtype moved log-probabilities by up to" in describe(found)
+    perturb("model.norm.weight", 0.02)(tmp_path / "merged")
+    with pytest.raises(
+        TrainingFault, match=r"allowed: up to 0\.002, 0\.0002 on average; computed in float32, stored in"
+    ):
         verify_merged(tmp_path / "merged", CPU)
+
+
+def test_a_merge_that_no_tensors_prove_is_judged_by_the_trained_answers(made: Made, tmp_path: Path):
+    """The adapter is lost, and the merged model agrees with itself: only the trained model's answers can tell."""
+    folder = RunFolder(tmp_path)
+    shutil.copytree(made.root / "export" / "adapter", folder.merged_from)
+    tensors = load_file(folder.merged_from / "adapter_model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(2)}, folder.merged_from / "adapter_model.safetensors")
+    shutil.copytree(made.root / "export" / "merged", folder.merged)
+
+    def check() -> None:
+        verify_run(
+            folder, base_directory=made.base, adapter=False, merged=True, merged_from=folder.merged_from, device=CPU
+        )
+
+    check()
+    inference = read_inference(folder.merged)
+    lost = Rounding(difference=0.0021, mean=0.0001, answers=3, same_answers=0)
+    for rounding, message in ((lost, "by up to 0.0021 nats"), (None, "no record of what rounding changed")):
+        changed = dataclasses.replace(inference, rounding=rounding)
+        (folder.merged / INFERENCE).write_bytes(msgspec.json.encode(changed))
+        with pytest.raises(TrainingFault, match=rf"{message}(.|\n)*where tensors cannot be compared"):
+            check()
+
+
+@pytest.mark.parametrize(("difference", "same", "warned"), [(0.4, 3, False), (1.1, 3, True), (0.1, 2, True)])
+def test_rounding_that_changes_much_is_warned_of(made: Made, tmp_path: Path, capsys, difference, same, warned):
+    folder = RunFolder(tmp_path)
+    write_run(folder, made.base, Config(export=ExportConfig(adapter=False)))
+    shutil.copytree(made.root / "export" / "merged", folder.merged)
+    shutil.copytree(made.root / "export" / "adapter", folder.merged_from)
+    rounding = Rounding(difference=difference, mean=0.0, answers=3, same_answers=same)
+    changed = dataclasses.replace(read_inference(folder.merged), rounding=rounding)
+    (folder.merged / INFERENCE).write_bytes(msgspec.json.encode(changed))
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert ("the evaluation is the trained model's" in " ".join((printed.out + printed.err).split())) == warned
 
 
 def test_without_room_for_float32_all_is_compared_in_16_bits(made: Made, tmp_path: Path):
@@ -149,7 +167,7 @@ def test_without_room_for_float32_all_is_compared_in_16_bits(made: Made, tmp_pat
     narrow = dataclasses.replace(read_inference(folder), dtype="bfloat16", golden_dtype="bfloat16")
     (folder / INFERENCE).write_bytes(msgspec.json.encode(narrow))
     found = verify_adapter(folder, made.base, CPU)
-    assert 1e-3 < found.difference < found.tolerance == verify.IN_16_BITS["bfloat16"]
+    assert 1e-3 < found.difference < found.tolerance == answers.IN_16_BITS["bfloat16"]
 
 
 def scale_adapter(folder: Path) -> None:
@@ -212,7 +230,7 @@ def add_token(folder: Path) -> None:
 def test_a_wrong_adapter_is_refused(made: Made, tmp_path: Path, damage, message):
     folder = copy_of(made, "adapter", tmp_path)
     damage(folder)
-    with pytest.raises(TrainingFault, match=f"does not answer like the trained model\n  got: .*{message}"):
+    with pytest.raises(TrainingFault, match=f"does not answer like the model it was written from\n  got: .*{message}"):
         verify_adapter(folder, made.base, CPU)
 
 
@@ -257,8 +275,8 @@ def rewrite_golden(folder: Path, change: Callable[[GoldenPrompt], GoldenPrompt])
 
 def test_tokens_that_were_almost_as_likely_may_change_places(made: Made, tmp_path: Path, monkeypatch):
     """The recorded answer takes the second token where both are within the tolerance; the model now takes the first."""
-    monkeypatch.setitem(verify.NEAR_TIE, "float32", 50.0)
-    monkeypatch.setitem(verify.ROUNDED, "float32", 50.0)
+    monkeypatch.setitem(answers.NEAR_TIE, "float32", 50.0)
+    monkeypatch.setattr(verify, "SAME_WEIGHTS", 50.0)
     folder = copy_of(made, "merged", tmp_path)
 
     def second_choice(golden: GoldenPrompt) -> GoldenPrompt:
@@ -271,8 +289,8 @@ def test_tokens_that_were_almost_as_likely_may_change_places(made: Made, tmp_pat
 
 
 def test_a_token_that_was_not_among_the_likeliest_is_refused(made: Made, tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(verify.NEAR_TIE, "float32", 50.0)
-    monkeypatch.setitem(verify.ROUNDED, "float32", 50.0)
+    monkeypatch.setitem(answers.NEAR_TIE, "float32", 50.0)
+    monkeypatch.setattr(verify, "SAME_WEIGHTS", 50.0)
     folder = copy_of(made, "merged", tmp_path)
 
     def unlikely(golden: GoldenPrompt) -> GoldenPrompt:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from trainer.console import run_and_report, say
 from trainer.errors import RunError
-from trainer.export.comparison import TensorComparison, tensor_evidence
+from trainer.export.comparison import TensorComparison, rounding_price, tensor_evidence
 from trainer.export.figures import HUB_METRIC, METRICS, figure, main_metric, number
 from trainer.export.limitations import TUNED, limitations
 from trainer.export.lineage import (
@@ -269,7 +269,8 @@ def checks(lineage: Lineage) -> str:
         found.append(
             f"`{one.name}/`, loaded in a fresh process by plain {readers}: {one.equal} of {one.prompts} recorded "
             f"answers equal token by token{ties}; log-probabilities differ by at most {one.difference:.3g} nats "
-            f"(allowed {one.tolerance:g} in {lineage.dtype}){_tensors(one.tensors)}."
+            f"(allowed {one.tolerance:g}){_tensors(one.tensors)}."
+            + (f" In memory, {rounding_price(one.rounding)}." if one.rounding else "")
         )
     return bullets(found) if found else "The export was not verified."
 

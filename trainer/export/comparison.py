@@ -5,6 +5,8 @@ from dataclasses import dataclass
 VERIFICATION = "verification.json"
 MEAN_SHARE = 0.1
 """The mean difference may be this share of the largest allowed one."""
+LARGE_ROUNDING = 1.0
+"""Nats from which on rounding is warned of; the built-in job has 0.1, full fine-tuning 0.4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,13 +24,32 @@ class TensorComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """What storing a model in 16 bits changed, measured in memory before anything was written.
+
+    ``difference``, ``mean``: largest and mean difference (nats) from the trained model's log-probabilities along its
+    own ``answers`` golden answers; ``same_answers``: how many of them the rounded model gives itself, token by token.
+    """
+
+    difference: float
+    mean: float
+    answers: int
+    same_answers: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a user should hear of it: another answer, or more than most right exports show."""
+        return self.same_answers < self.answers or self.difference > LARGE_ROUNDING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One folder against the trained model.
+    """One folder against the model in memory that it was written from: for ``merged`` that one's weights are rounded.
 
     ``difference``, ``mean``: largest and mean difference of a log-probability; ``near_ties``: answers that differ
     from a pair of tokens on whose log-probabilities are closer than the tolerance; ``base_difference`` and
     ``base_mean``: the same two for the base without the adapter (None where it was not measured). ``tensors``: for a
-    model that an adapter was merged into (None for others).
+    model that an adapter was merged into; ``rounding``: for every whole model (None for others).
     """
 
     name: str
@@ -42,6 +63,7 @@ class Comparison:
     base_difference: float | None
     base_mean: float | None
     tensors: TensorComparison | None = None
+    rounding: Rounding | None = None
 
     @property
     def tells_apart(self) -> bool:
@@ -60,7 +82,9 @@ def describe(comparison: Comparison) -> str:
     return (
         f"{comparison.name}: {comparison.equal} of {comparison.prompts} golden answers equal{ties}, "
         f"{comparison.stopped} stop by themselves; log-probabilities differ by at most {comparison.difference:.3g} "
-        f"(mean {comparison.mean:.2g}, allowed {comparison.tolerance:g}{control})" + _tensors(comparison.tensors)
+        f"(mean {comparison.mean:.2g}, allowed {comparison.tolerance:g}{control})"
+        + _tensors(comparison.tensors)
+        + _rounding(comparison.rounding)
     )
 
 
@@ -70,6 +94,18 @@ def _tensors(found: TensorComparison | None) -> str:
     if found.not_compared:
         return f"; tensors not compared: {found.not_compared}"
     return f"; {tensor_evidence(found)}"
+
+
+def _rounding(found: Rounding | None) -> str:
+    return "" if found is None else f"; {rounding_price(found)}"
+
+
+def rounding_price(found: Rounding) -> str:
+    """What rounding changed, for a sentence."""
+    return (
+        f"rounding to the stored dtype moved log-probabilities by up to {found.difference:.3g} nats (mean "
+        f"{found.mean:.2g}) from the trained model's, {found.same_answers} of {found.answers} answers stayed the same"
+    )
 
 
 def tensor_evidence(found: TensorComparison) -> str:

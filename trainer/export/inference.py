@@ -1,40 +1,31 @@
 """How the exported model wants to be asked, and a few answers by which a copy of it can be recognised.
 
 A served model differs from the trained one when template, stop tokens or number format differ. So both export folders
-carry all of them, together with *golden prompts*: token ids of real prompts, what the trained model in memory
-answered, and the log-probabilities it gave to the likeliest tokens on the way. ``verify.py`` compares with these.
+carry all of them, together with golden prompts (``golden.py``): those of ``adapter/`` by the trained model, those of
+``merged/`` by the merged model in the dtype it is stored in.
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import msgspec
-import torch
-from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from trainer.errors import ModelError, RunError
+from trainer.export.comparison import Rounding
 from trainer.paths import write_atomic
-from trainer.samples import EvaluationExample, Prediction
 
 INFERENCE = "inference.json"
-FORMAT = 1
-GOLDEN_PROMPTS = 8
-LIKELIEST = 5
-"""Tokens per position whose log-probability is kept."""
-MAY_USE = 0.8
-"""Share of the free memory that float32 copies of the weights may take."""
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenPrompt:
-    """One prompt and the trained model's greedy answer.
+    """One prompt and a model's greedy answer.
 
     ``generated_ids`` (length n) include the stop token if ``stopped``. ``top_ids`` and ``top_log_probs`` [n][5] are
     the likeliest next tokens before each of them and their natural log-probabilities, from one forward pass over
@@ -63,7 +54,8 @@ class Inference:
     """``inference.json``.
 
     ``dtype`` is what the model was trained and evaluated in and what ``merged/`` is stored in, ``dtype_reason`` why.
-    ``golden_dtype``: what the log-probabilities of ``golden`` were computed in.
+    ``golden_dtype``: what the log-probabilities of ``golden`` were computed in; ``rounding``: what storing the model in
+    ``dtype`` changed (None beside an adapter, which is stored as it was trained).
     ``max_length``: the longest document seen in training, in tokens (quality beyond it was never measured).
     ``system``: the system prompt that rows without one were given. ``chat_template_sha256`` and ``template_probe`` are
     empty for a tokenizer without a template.
@@ -84,119 +76,7 @@ class Inference:
     template_probe: TemplateProbe | None
     golden_dtype: str
     golden: list[GoldenPrompt]
-
-
-def choose_golden(examples: Sequence[EvaluationExample], count: int = GOLDEN_PROMPTS) -> list[EvaluationExample]:
-    """``count`` of the held-out ``examples``, spread evenly over them; all of them where there are fewer.
-
-    Raises:
-        ModelError: no examples.
-    """
-    if not examples:
-        raise ModelError(
-            "an export cannot be checked without prompts",
-            got="0 held-out examples",
-            allowed="at least one",
-            do="give data.validation, or raise data.validation_share",
-        )
-    if len(examples) <= count:
-        return list(examples)
-    return [examples[index * len(examples) // count] for index in range(count)]
-
-
-def widen(model: nn.Module, available: int) -> str:
-    """Convert ``model`` to float32 in place if that fits, and return the name of the dtype it then computes in.
-
-    Widening changes no value, so what is merged and stored afterwards is the same. Rounding in 16 bits hides errors: on
-    SmolLM2-135M it moves log-probabilities by up to 0.9 nats, in float32 by 0.0001.
-
-    Args:
-        model: the trained model.
-        available: bytes that may be used.
-    """
-    weights = [*model.parameters(), *model.buffers()]
-    narrow = {tensor.dtype for tensor in weights if tensor.is_floating_point()} - {torch.float32}
-    more = sum(tensor.numel() * (4 - tensor.element_size()) for tensor in weights if tensor.is_floating_point())
-    if more > available * MAY_USE:
-        return str(min(narrow, key=str)).removeprefix("torch.")
-    model.float()
-    return "float32"
-
-
-def golden_prompts(
-    model: nn.Module,
-    chosen: Sequence[EvaluationExample],
-    answers: Sequence[Prediction],
-    *,
-    compute: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> list[GoldenPrompt]:
-    """What the trained model answered to the ``chosen`` examples, with the log-probabilities on the way.
-
-    Args:
-        model: the tuned model in memory; called with ``input_ids`` int64 [1, n].
-        chosen: held-out rows (validation rows: the export carries them).
-        answers: the model's greedy answers to them, in their order.
-        compute: makes the context of a forward pass, for example autocast.
-
-    Raises:
-        ModelError: log-probabilities that are not finite.
-    """
-    device = next(model.parameters()).device
-    golden: list[GoldenPrompt] = []
-    for example, answer in zip(chosen, answers, strict=True):
-        with compute():
-            log_probs = answer_log_probs(model, example.prompt_ids, answer.token_ids, device)
-        top = log_probs.topk(min(LIKELIEST, log_probs.shape[-1]), dim=-1)
-        values: list[list[float]] = top.values.tolist()
-        if not all(math.isfinite(value) for row in values for value in row):
-            raise ModelError("the trained model gives log-probabilities that are not finite", where=example.id)
-        golden.append(
-            GoldenPrompt(
-                id=example.id,
-                prompt_ids=list(example.prompt_ids),
-                generated_ids=list(answer.token_ids),
-                stopped=answer.stopped,
-                text=answer.text,
-                top_ids=top.indices.tolist(),
-                top_log_probs=values,
-            )
-        )
-    return golden
-
-
-def openings(documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> list[EvaluationExample]:
-    """Prompts out of training documents (token ids, and which of them are learnt), for runs without validation rows.
-
-    A conversation is asked with everything before its first answer. A plain text, which is learnt from its second token
-    on, with its first half, at most 32 tokens.
-    """
-    found: list[EvaluationExample] = []
-    for number, (ids, learnt) in enumerate(documents, 1):
-        first = next((place for place, is_learnt in enumerate(learnt) if is_learnt), 1)
-        length = first if first > 1 else max(1, min(32, len(ids) // 2))
-        if len(ids):
-            found.append(EvaluationExample(id=f"document {number}", prompt_ids=list(ids[:length]), answer=""))
-    return found
-
-
-def answer_log_probs(
-    model: nn.Module, prompt_ids: Sequence[int], answer_ids: Sequence[int], device: torch.device
-) -> torch.Tensor:
-    """Log-probabilities float32 [len(answer_ids), V] of the next token before each token of the answer.
-
-    One row, no padding, no cache: the simplest forward pass there is, so that two models can be compared by it.
-    """
-    ids = torch.tensor([[*prompt_ids, *answer_ids]], dtype=torch.int64, device=device)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        for module in was_training:
-            module.training = True
-    before = len(prompt_ids) - 1
-    return torch.log_softmax(logits[before : before + len(answer_ids)].float(), dim=-1).cpu()
+    rounding: Rounding | None = None
 
 
 def write_serving_files(folder: Path, *, tokenizer: Path, inference: Inference) -> None:

@@ -1,5 +1,6 @@
 """What is known to be weak about a model, derived from the figures of its run: no sentence without a reason in them."""
 
+from trainer.export.comparison import rounding_price
 from trainer.export.figures import LOWER_IS_BETTER, METRICS, is_better, main_metric
 from trainer.export.lineage import Lineage
 from trainer.export.markdown import escape
@@ -21,6 +22,12 @@ def limitations(lineage: Lineage) -> list[str]:
     ]
     if tuned is not None:
         found += weaknesses(lineage, tuned)
+    for one in lineage.verification:
+        if one.rounding is not None and one.rounding.is_large:
+            found.append(
+                f"`{one.name}/` is not quite the model that was evaluated: {rounding_price(one.rounding)}. An adapter "
+                "beside it is."
+            )
     if lineage.config.task.name == "classification":
         found.append("It answers with one of its labels also where none fits.")
     if lineage.data.truncated:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import RunError, TrainingFault
+from trainer.export.golden import narrow
 from trainer.export.inference import (
     Inference,
     bos_token_id,
@@ -96,7 +97,7 @@ def export_adapter(
 
 
 def export_merged(
-    model: PeftModel | PreTrainedModel,
+    model: PreTrainedModel,
     folder: Path,
     *,
     tokenizer: Path,
@@ -105,10 +106,10 @@ def export_merged(
     dtype: torch.dtype,
     max_shard_gb: float,
 ) -> Exported:
-    """Write a whole model that needs neither peft nor this project. Uses ``model`` up: do it last.
+    """Write a whole model that needs neither peft nor this project. Converts ``model`` to ``dtype``: do it last.
 
     Args:
-        model: adapters are merged into their base, in float32; a fully tuned model is taken as it is.
+        model: fully tuned, or what ``merge`` made.
         folder: published here, replacing what was there.
         tokenizer: folder of the tokenizer and template that were trained with.
         inference: goes beside the weights.
@@ -117,27 +118,26 @@ def export_merged(
         max_shard_gb: largest weight file, in 10^9 bytes.
 
     Raises:
-        TrainingFault: a merged weight is not finite, no weight differs from the base, or the tensors are not those of
-            the base.
+        TrainingFault: no weight differs from the base, or the tensors are not those of the base.
         RunError: no space.
     """
-    whole = _merge(model).to(dtype=dtype)  # pyright: ignore[reportCallIssue]  (nn.Module.to, narrowed by transformers)
-    require_free_space(folder.parent, _bytes(whole.parameters()))
-    whole.config.use_cache = True
-    whole.generation_config = generation_config(inference, bos_token_id(load_plain_tokenizer(tokenizer)))
+    narrow(model, dtype)
+    require_free_space(folder.parent, _bytes(model.parameters()))
+    model.config.use_cache = True
+    model.generation_config = generation_config(inference, bos_token_id(load_plain_tokenizer(tokenizer)))
 
     def fill(stage: Path) -> None:
         with without_progress_bars():
-            whole.save_pretrained(str(stage), max_shard_size=f"{round(max_shard_gb * 1000)}MB")
+            model.save_pretrained(str(stage), max_shard_size=f"{round(max_shard_gb * 1000)}MB")
         write_serving_files(stage, tokenizer=tokenizer, inference=inference)
-        compare_with_base(stage, base_directory, whole)
+        compare_with_base(stage, base_directory, model)
         require_change(stage, base_directory)
 
     publish(folder, fill)
     return Exported(
         folder=folder,
         tensors=len(shapes_on_disk(folder)),
-        parameters=sum(parameter.numel() for parameter in whole.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         size=_size(folder),
         dtype=_name(dtype),
         untouched=0,
@@ -282,8 +282,12 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _merge(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """One plain model, on the CPU's or GPU's memory that it already occupies."""
+def merge(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """One plain model, in the memory that it already occupies: adapters are added to their base in float32.
+
+    Raises:
+        TrainingFault: a merged weight is not finite.
+    """
     if not isinstance(model, PeftModel):
         return model
     try:

@@ -1,25 +1,32 @@
-"""The stage ``export``: adapter and merged model, with answers of the trained model by which a copy is recognised."""
+"""The stage ``export``: adapter and merged model, with answers by which a copy of each is recognised."""
 
+import dataclasses
 import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.export.inference import (
+from transformers import PreTrainedModel
+
+from trainer.export.golden import (
     GOLDEN_PROMPTS,
-    Inference,
     choose_golden,
     golden_prompts,
-    make_inference,
+    narrow,
     openings,
+    price_of_rounding,
     widen,
 )
-from trainer.export.weights import export_adapter, export_merged
+from trainer.export.inference import Inference, make_inference
+from trainer.export.weights import export_adapter, export_merged, merge
 from trainer.model.device import free_memory
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import compute_context, torch_dtype
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import generate_here
+from trainer.samples import EvaluationExample
 
 
 def write_exports(job: Job, loss: PackedLoss) -> Summary:
@@ -28,7 +35,8 @@ def write_exports(job: Job, loss: PackedLoss) -> Summary:
     A merged model can only be compared with the adapter in it, so that one is always written (``merged_from``).
     """
     config, base = job.plan.config, job.prepared.base
-    inference, tokenizer = describe_inference(job, loss), Path(job.prepared.tokenizer)
+    chosen, tokenizer = held_out_prompts(job), Path(job.prepared.tokenizer)
+    inference = describe_inference(job, loss, chosen)
     model = cast(Any, loss.model)  # a PeftModel with LoRA, else a PreTrainedModel
     summary: Summary = {}
     shutil.rmtree(job.folder.merged_from, ignore_errors=True)
@@ -44,11 +52,12 @@ def write_exports(job: Job, loss: PackedLoss) -> Summary:
         if config.export.adapter:
             summary["adapter_mb"] = adapter.size / 1e6
     if config.export.merged:
+        whole = merge(model)
         merged = export_merged(
-            model,
+            whole,
             job.folder.merged,
             tokenizer=tokenizer,
-            inference=inference,
+            inference=describe_merged(job, whole, inference, chosen),
             base_directory=Path(base.directory),
             dtype=job.compute_dtype,
             max_shard_gb=config.export.max_shard_gb,
@@ -57,26 +66,26 @@ def write_exports(job: Job, loss: PackedLoss) -> Summary:
     return summary
 
 
-def describe_inference(job: Job, loss: PackedLoss) -> Inference:
-    """How the export wants to be asked, with answers of the trained model to recognise it by."""
-    base, prepared = job.prepared.base, job.prepared
+def held_out_prompts(job: Job) -> list[EvaluationExample]:
+    """What the exports are asked: validation rows, or where there are none openings of training documents."""
+    prepared = job.prepared
     examples = read_examples(prepared.validation_examples)
     if not examples:  # test rows stay out of what is handed on
         arena = open_arena(prepared.validation or prepared.train)
         documents = (arena.document(number) for number in range(min(GOLDEN_PROMPTS, arena.num_documents)))
         examples = openings([(ids.tolist(), learnt.tolist()) for ids, learnt in documents])
-    chosen = choose_golden(examples)
-    answers = generate_here(job, loss, chosen)
+    return choose_golden(examples)
+
+
+def describe_inference(job: Job, loss: PackedLoss, chosen: Sequence[EvaluationExample]) -> Inference:
+    """How the export wants to be asked, with answers of the trained model to recognise it by."""
+    base, prepared = job.prepared.base, job.prepared
+    answers = generate_here(job, loss.model, chosen)
     device = next(loss.parameters()).device
     golden_dtype = widen(loss.model, free_memory(device))
     if golden_dtype != "float32":
         job.warn(f"there is no room for the weights in float32: exports are compared in {golden_dtype}, less sharply")
-    golden = golden_prompts(
-        loss.model,
-        chosen,
-        answers,
-        compute=partial(compute_context, device, torch_dtype(golden_dtype)),
-    )
+    golden = golden_prompts(loss.model, chosen, answers, compute=_computing(job, golden_dtype))
     return make_inference(
         base_name=base.name,
         base_revision=base.revision,
@@ -92,3 +101,24 @@ def describe_inference(job: Job, loss: PackedLoss) -> Inference:
         golden_dtype=golden_dtype,
         golden=golden,
     )
+
+
+def describe_merged(
+    job: Job, whole: PreTrainedModel, trained: Inference, chosen: Sequence[EvaluationExample]
+) -> Inference:
+    """``trained``, with the answers of ``whole`` in the dtype it is stored in, and what that changed.
+
+    Answers are computed in that dtype as a reader of the files would, log-probabilities in ``trained.golden_dtype``.
+    """
+    narrow(whole, job.compute_dtype)
+    answers = generate_here(job, whole, chosen, compute=nullcontext)
+    if trained.golden_dtype == "float32":
+        whole.float()
+    compute = _computing(job, trained.golden_dtype)
+    golden = golden_prompts(whole, chosen, answers, compute=compute)
+    price = price_of_rounding(whole, trained.golden, golden, compute=compute)
+    return dataclasses.replace(trained, golden=golden, rounding=price)
+
+
+def _computing(job: Job, dtype: str) -> Callable[[], AbstractContextManager[object]]:
+    return partial(compute_context, job.ranks.device, torch_dtype(dtype))

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+
+from torch import nn
 
 from trainer.console import ProgressReport, progress
 from trainer.data.batches import held_out_batches
@@ -83,7 +85,7 @@ def answer(
     with nullcontext() if strategy is None else strategy.gathered():
         share = generate_here(
             job,
-            loss,
+            loss.model,
             examples,
             on_answered=on_answered,
             rank=job.ranks.rank,
@@ -95,23 +97,27 @@ def answer(
 
 def generate_here(
     job: Job,
-    loss: PackedLoss,
+    model: nn.Module,
     examples: Sequence[EvaluationExample],
     *,
+    compute: Callable[[], AbstractContextManager[object]] | None = None,
     on_answered: Callable[[int], None] = lambda rows: None,
     rank: int = 0,
     world_size: int = 1,
     in_step: bool = False,
 ) -> list[Prediction]:
-    """Greedy answers to the share of ``rank``, where the weights of ``loss`` are."""
-    device = next(loss.parameters()).device
+    """Greedy answers to the share of ``rank``, where the weights of ``model`` are.
+
+    ``compute``: makes the context of a forward pass; None: autocast to the run's dtype.
+    """
+    device = next(model.parameters()).device
     tokenizer = load_tokenizer(job.prepared.tokenizer)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     return generate(
-        loss.model,
+        model,
         examples,
         max_new_tokens=job.plan.config.task.max_new_tokens,
         stop_token_ids=job.prepared.stop_token_ids,
@@ -119,7 +125,7 @@ def generate_here(
         batch_tokens=job.plan.config.eval.batch_tokens,
         decode=decode,
         device=device,
-        compute=partial(compute_context, device, job.compute_dtype),
+        compute=compute or partial(compute_context, device, job.compute_dtype),
         on_answered=on_answered,
         rank=rank,
         world_size=world_size,
