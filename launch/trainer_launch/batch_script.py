@@ -110,7 +110,7 @@ def sbatch_options(spec: BatchSpec) -> list[str]:
         ("cpus-per-task", spec.cpus),
         ("mem", spec.mem),
         ("time", spec.time),
-        ("signal", f"USR1@{spec.grace}" if spec.time is not None else None),
+        ("signal", f"USR1@{spec.grace}"),  # a partition may have a limit, too
         ("output", spec.log.replace("%", "%%")),
         ("open-mode", "append"),
     ]

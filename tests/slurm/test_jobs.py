@@ -11,6 +11,7 @@ from trainer.drive.follow import follow
 from trainer.drive.progress import read_starts
 from trainer_launch import slurm
 
+SECONDS = 35
 LONG = 3600 * PER_SECOND
 
 
@@ -21,10 +22,10 @@ def counted(tmp_path: Path) -> Counted:
 
 @pytest.fixture(scope="module")
 def limited(running: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Counted, int]:
-    """A job with a limit of a minute and work for 45 s; it runs beside the other tests, and the last one looks at it."""
+    """A job with a limit of a minute and work for longer than it gets; the last test looks at it."""
     run = Counted(tmp_path_factory.mktemp("limited") / "run")
     with running.commands():
-        return run, run.submit(dataclasses.replace(run.spec(total=45 * PER_SECOND, nodes=2), time="1"))
+        return run, run.submit(dataclasses.replace(run.spec(total=SECONDS * PER_SECOND, nodes=2), time="1"))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_a_job_that_gets_nowhere_is_held_for_a_person(lab: Cluster, counted: Cou
         until(lambda start=start: f"node 0 start {start}: from 0" in counted.journal(), f"start {start}")
         slurm.signal_steps(job, "USR1")
     assert follow(job, counted.folder) == 76
-    assert "JobHeldUser" in lab.field(job, "Reason") or slurm.show(job).is_held
+    assert slurm.show(job).is_held
     assert [start.ended for start in read_starts(counted.folder)] == [75, 75, 76]
     lab.ask("scontrol", "release", str(job))
     until(lambda: "node 0 start 3: from 0" in counted.journal(), "released, it starts again")
@@ -82,10 +83,13 @@ def test_a_signal_to_the_batch_shell_alone_reaches_the_processes_of_the_job(lab:
 def test_a_time_limit_is_no_loss(lab: Cluster, limited: tuple[Counted, int]) -> None:
     counted, job = limited
     assert lab.wait_for(job, "COMPLETED", "TIMEOUT", "FAILED", seconds=180) == "COMPLETED"
-    assert lab.field(job, "Restarts") == "1"
-    stopped = next(line for line in counted.journal() if line.startswith("node 0 start 0: ends"))
-    saved = int(stopped.split()[6])
-    assert stopped.endswith("because of SIGUSR1")
-    assert f"node 0 start 1: from {saved}" in counted.journal()
-    assert f"node 0 start 1: ends at {45 * PER_SECOND}" in counted.journal()
-    assert [start.ended for start in read_starts(counted.folder)] == [75, 0]
+    restarts = int(lab.field(job, "Restarts"))
+    assert restarts > 0
+    here = [line for line in counted.journal() if line.startswith("node 0")]
+    for start in range(restarts):  # Slurm may send the signal up to 60 s early, so the next start may be stopped too
+        began, ended, goes_on = here[2 * start : 2 * start + 3]
+        assert ended.endswith("because of SIGUSR1")
+        assert int(ended.split()[6]) > int(began.split()[-1])
+        assert goes_on == f"node 0 start {start + 1}: from {ended.split()[6]}"
+    assert here[-1] == f"node 0 start {restarts}: ends at {SECONDS * PER_SECOND}"
+    assert [start.ended for start in read_starts(counted.folder)] == [75] * restarts + [0]

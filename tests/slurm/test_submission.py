@@ -1,4 +1,4 @@
-"""launch=slurm from the command line to the finished run, with agents that need no torch, on two nodes of a real Slurm."""
+"""launch=slurm from the command to the finished run, with agents that need no torch, on two nodes of a real Slurm."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,8 @@ def test_the_same_command_submits_once_and_a_finished_run_not_at_all(
     folder, submission = the_run(programs), read_submission(the_run(programs))
     assert submission is not None
     assert f"submitted job {submission.job}" in out
-    assert f"squeue -j {submission.job}" in out and f"scancel {submission.job}" in out
+    for line in (f"squeue -j {submission.job}", f"scancel {submission.job}"):
+        assert line in out
     assert f"tail -F {folder.root}/logs/slurm.log" in out
     assert "2 rank(s) on cpu" in out  # launch.wait: the output of the job
     assert folder.done.exists()
@@ -103,7 +104,8 @@ def test_a_lost_reply_does_not_make_a_second_job(
     number = submit_once(counted.folder, spec.name, "run")
     assert number == max(lab.jobs())
     submission = read_submission(counted.folder)
-    assert submission is not None and submission.job == number
+    assert submission is not None
+    assert submission.job == number
     assert "the reply of sbatch was lost; the job is there" in capsys.readouterr().err
     lost.write_text("#!/bin/sh\necho 'sbatch: error: Batch job submission failed: Access denied' >&2\nexit 1\n")
     with pytest.raises(SlurmError, match="Access denied"):

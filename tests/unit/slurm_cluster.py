@@ -152,6 +152,11 @@ class Cluster:
                 continue
         return found
 
+    def processes(self, word: str) -> list[psutil.Process]:
+        """The processes of jobs that have ``word`` in their command."""
+        below = [one for step in self._steps() for one in step.children(recursive=True)]
+        return [one for one in below if any(word in part for part in one.cmdline())]
+
     def stop(self) -> None:
         """Cancel what runs and end all daemons and all that is left of jobs."""
         self.ask("scancel", f"--user={getpass.getuser()}", check=False)

@@ -21,8 +21,10 @@ from trainer_launch.batch_script import BatchSpec, batch_script, step_words
 
 COUNTER = """
 import os, signal, sys, time
+from contextlib import nullcontext
 from pathlib import Path
 sys.path[:0] = [{checkout!r}]
+from trainer.drive.lock import hold
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder
 
@@ -40,16 +42,21 @@ def journal(text):
         handle.write(f"node {{node}} start {{restart}}: {{text}}\\n")
 
 
-journal(f"from {{count}}")
-while count < total and not stop:
-    time.sleep(0.05)
-    count += 1
-    if stop or count == total:
-        break
-if node == "0" and saves:
-    count_file.write_text(str(count))
-    marker = Marker(stage="prepare", inputs="", seconds=0.0, finished=str(count))
-    write_marker(folder, marker)
+def save():
+    if node == "0" and saves:
+        count_file.with_suffix(".new").write_text(str(count))
+        count_file.with_suffix(".new").replace(count_file)
+        write_marker(folder, Marker(stage="prepare", inputs="", seconds=0.0, finished=str(count)))
+
+
+with hold(folder.lock, "count") if node == "0" else nullcontext():
+    journal(f"from {{count}}")
+    while count < total and not stop:
+        time.sleep(0.05)
+        count += 1
+        if count % 20 == 0:
+            save()
+    save()
 journal(f"ends at {{count}}" + (f" because of {{signal.Signals(stop[0]).name}}" if stop else ""))
 sys.exit(0 if count >= total else 75)
 """
