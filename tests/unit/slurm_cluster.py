@@ -113,7 +113,7 @@ class Cluster:
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
                 [path, *words[1:]],
-                env={**self.environment, "TRIMTAB_TEST_NODE": name},
+                env=self.environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -140,14 +140,14 @@ class Cluster:
             _kill(one)
 
     def _steps(self, node: str = "") -> list[psutil.Process]:
-        """The processes that hold the jobs' steps; they leave the session of their daemon."""
+        """The processes that hold the jobs' steps. They write over their own environment; their children's tells."""
         found: list[psutil.Process] = []
         for process in psutil.process_iter(["name"]):
             try:
                 if process.info["name"] == "slurmstepd":
-                    seen = process.environ()
-                    ours = seen.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                    found += [process] if ours and node in ("", seen.get("TRIMTAB_TEST_NODE")) else []
+                    told = [child.environ() for child in process.children()]
+                    ours = [one for one in told if one.get("SLURM_CONF") == self.environment["SLURM_CONF"]]
+                    found += [process] if any(node in ("", one.get("SLURMD_NODENAME")) for one in ours) else []
             except psutil.Error:
                 continue
         return found

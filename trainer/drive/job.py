@@ -73,6 +73,10 @@ class Step:
 
     def _pass_on(self, number: signal.Signals) -> None:
         console.note(f"{number.name} came to the batch step: asking the processes of the job to stop")
+        # scancel asks for minutes whether a job that is ending has ended; nobody waits for it
+        threading.Thread(target=self._signal_processes, daemon=True).start()
+
+    def _signal_processes(self) -> None:
         try:
             slurm.signal_steps(self._job, "USR1")
         except SlurmError as fault:
