@@ -9,7 +9,7 @@ SETUP_FILES := pyproject.toml constraints.txt constraints-cpu.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types contracts assets proofs bench clean
+.PHONY: help demo test check lint format types contracts assets proofs faults bench clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ assets: $(VENV)/.built-in ## Install the built-in model and data alone
 
 proofs: $(VENV)/.dev ## Run the slow matrices: seeds, strategies, faults
 	$(BIN)/python -m pytest -m slow --timeout 7200
+
+faults: $(VENV)/.dev ## Inject the fault matrix and print it (needs strace; half an hour)
+	$(BIN)/python tests/faults/matrix.py
 
 bench: $(VENV)/.dev ## Training throughput beside TRL, as a ratio in one run
 	$(BIN)/python bench/cpu_vs_trl.py

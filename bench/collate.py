@@ -7,7 +7,9 @@ medians and ratios are printed. Ours reads the memory-mapped arena in random ord
 table as their loaders do, TRL the finished packs of its offline packing. The first batch is compared: the peers' must
 hold the same tokens, positions and targets, which they leave to the model to shift.
 
-`cold` reads tokens that were not read lately, as training does; `warm` the same pack twice in a row.
+`cold` reads tokens that were not read lately, as training does, out of the page cache into buffers that are used again;
+`warm` the same pack twice in a row. `first` is the first pass over an arena that was just opened: the pages are in
+memory, but the process does not know where; a run sees it once, in its first epoch.
 """
 
 import argparse
@@ -107,14 +109,19 @@ def seconds(work: Callable[[Any], object], given: object) -> float:
 
 def time_ours(arena: TokenArena, packs: list[Documents], capacity: int, rounds: int) -> dict[str, float]:
     """Print the table of our layouts beside copies; returns the median seconds of each, cold."""
-    print(f"{'':10}{'copy':>10}{'cold':>10}{'(least)':>10}{'warm':>10}   ns/token;{'cold/copy':>10}{'warm/copy':>10}")
+    head = "".join(f"{name:>10}" for name in ("copy", "cold", "(least)", "warm", "first"))
+    print(f"{'':10}{head}   ns/token;{'cold/copy':>10}{'warm/copy':>10}")
     cold: dict[str, float] = {}
     for layout in get_args(Layout):
         size = BYTES[layout] * capacity
         source, target = np.ones(max(16, 200_000_000 // size) * size, np.uint8), np.zeros(size, np.uint8)
         out = Buffers.of(layout, capacity, max(map(len, packs)))
 
-        def make(documents: Documents, layout: Layout = layout, out: Buffers = out) -> PackedBatch | CompactBatch:
+        opened = TokenArena.open(arena.path)
+
+        def make(
+            documents: Documents, arena: TokenArena = arena, layout: Layout = layout, out: Buffers = out
+        ) -> PackedBatch | CompactBatch:
             return collate(arena, documents, pad_to=capacity, layout=layout, out=out)
 
         for documents in packs:
@@ -126,7 +133,8 @@ def time_ours(arena: TokenArena, packs: list[Documents], capacity: int, rounds: 
             taken.append((copy, seconds(make, documents), seconds(make, documents)))
         copy, first, again = (median(times) for times in zip(*taken, strict=True))
         least = min(time for _, time, _ in taken)
-        columns = "".join(f"{value / capacity * 1e9:10.3f}" for value in (copy, first, least, again))
+        unknown = median(seconds(partial(make, arena=opened), documents) for documents in packs)
+        columns = "".join(f"{value / capacity * 1e9:10.3f}" for value in (copy, first, least, again, unknown))
         ratios = [median(times[which] / times[0] for times in taken) for which in (1, 2)]
         print(f"{layout:10}{columns}{'':12}{ratios[0]:10.2f}{ratios[1]:10.2f}")
         cold[layout] = first

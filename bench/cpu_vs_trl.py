@@ -50,7 +50,7 @@ def trl(run: Path, steps: int, *, packed: bool, out: Path) -> float:
 
     prepared = json.loads((run / "prepared.json").read_text())
     plan = load_plan((run / "plan.json").read_bytes())
-    method, capacity = plan.config.method, plan.config.packing.capacity
+    method, capacity = plan.config.method, plan.config.packing.tokens
     arena = TokenArena.open(prepared["train"]["arena"])
     rows: list[dict[str, Any]] = []
     for start, length in zip(arena.starts, arena.lengths, strict=True):

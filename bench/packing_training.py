@@ -1,6 +1,7 @@
 """Does it matter for the model which documents share a step? The same training under three packers, several seeds.
 
     python bench/packing_training.py [--from scratch|builtin] [--seeds 3] [--tokens 1000000] [--packers rfc bfd]
+        [--minutes 30]
 
 Licence texts are learnt as plain text, isolated in packs, with a token-weighted loss. All packers of a seed get the
 same documents once an epoch, so the same tokens, and the same number of optimizer steps, initial weights and learning
@@ -10,10 +11,11 @@ rates; packs are shuffled in every case. Only which documents meet differs:
     bfd           ours: best-fit decreasing over the whole set
     bfd-grouped   TRL's own `pack_dataset` as it is called by default: best-fit decreasing of every 1000 rows, once
 
-Printed: fill, held-out loss (5 % of the documents, the same ones in every run) over seeds and by length of document,
-the variance over steps of the mean log-length of a step's documents, and differences within a seed. Each finished run
-is a line of `--results`; a study that was stopped goes on from there. A CPU trains 2 layers of 128 in minutes, a GPU 8
-of 512; `builtin` is LoRA on SmolLM2-135M-Instruct, and a CPU shows little more than that it runs.
+Printed: fill, held-out loss (5 % of the documents, the same ones in every run) before and after training, over seeds
+and by length of document, the variance over steps of the mean log-length of a step's documents, and differences within
+a seed, with whether they are more than chance makes. Each finished run is a line of `--results`; a study that was
+stopped, or that `--minutes` ended after a whole seed, goes on from there. A CPU trains 2 layers of 128 in minutes, a
+GPU 8 of 512; `builtin` is LoRA on SmolLM2-135M-Instruct: on a CPU, some thousand tokens on its upper layers.
 """
 
 import argparse
@@ -27,13 +29,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from licence_texts import Start, documents
 from packers import Ids, Packer, Packs, log_length_variance, steps_of
 from training_report import Result, plot, summary, table
+from training_sizes import GPU_TOKENS, SIZES, Device, Size
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trainer.batch import Batch
@@ -56,60 +59,11 @@ from trainer.train.metrics import StepTimer
 from trainer.train.optim import lr_schedule, make_optimizer
 from trainer_kernels import PLAN_FORMAT, ArenaWriter, TokenArena
 
-Device = Literal["cpu", "cuda"]
-
+RESULT_FORMAT = 2
+"""Raised whenever a result holds other things."""
 HELD_OUT = 0.05
 LONG, SHORT = 512, 64
 """Documents of at least ``LONG`` tokens are long, below ``SHORT`` short."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """What a study trains: results of another size are other results.
-
-    ``layers``, ``width``, ``vocabulary``: of a Llama from scratch, or 0. ``rank``: of LoRA on the built-in model, or 0.
-    ``capacity``: tokens in a pack. ``packs``: per optimizer step. ``tokens``: trained on in one run, in ``epochs``
-    passes. ``held_out``: most tokens the loss is measured on. ``lr``: the highest of a cosine.
-    """
-
-    layers: int = 0
-    width: int = 0
-    vocabulary: int = 0
-    rank: int = 0
-    capacity: int
-    packs: int
-    tokens: int
-    epochs: int
-    held_out: int
-    lr: float
-
-
-SIZES: dict[tuple[Start, Device], Size] = {
-    ("scratch", "cpu"): Size(
-        layers=2,
-        width=128,
-        vocabulary=4096,
-        capacity=512,
-        packs=8,
-        tokens=300_000,
-        epochs=1,
-        held_out=60_000,
-        lr=1.5e-3,
-    ),
-    ("scratch", "cuda"): Size(
-        layers=8,
-        width=512,
-        vocabulary=8192,
-        capacity=4096,
-        packs=8,
-        tokens=15_000_000,
-        epochs=2,
-        held_out=500_000,
-        lr=1.5e-3,
-    ),
-    ("builtin", "cpu"): Size(rank=8, capacity=512, packs=4, tokens=24_000, epochs=1, held_out=8_000, lr=1e-3),
-    ("builtin", "cuda"): Size(rank=16, capacity=4096, packs=8, tokens=4_000_000, epochs=1, held_out=500_000, lr=5e-4),
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +137,9 @@ def model_of(start: Start, size: Size, vocabulary: int, pad: int, seed: int, cac
             base = AutoModelForCausalLM.from_pretrained(
                 builtin.smollm2(cache), dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION
             )
-        return attach_lora(cast(PreTrainedModel, base), rank=size.rank, alpha=2 * size.rank)
+        model = cast(PreTrainedModel, base)
+        layers = range(size.first_layer, model.config.num_hidden_layers)
+        return attach_lora(model, rank=size.rank, alpha=2 * size.rank, layers=layers)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=size.width,
@@ -217,8 +173,10 @@ def planned(steps: Sequence[Packs], arena: TokenArena) -> Iterator[PlannedStep]:
 
 def train(
     ranks: Ranks, start: Start, size: Size, data: Data, steps: Sequence[Packs], seed: int, cache: Path
-) -> dict[str, HeldOutLoss]:
-    """Train on ``steps`` with the trainer's own loss, optimizer and step; the held-out loss by length of document."""
+) -> tuple[dict[str, HeldOutLoss], dict[str, HeldOutLoss]]:
+    """Train on ``steps`` with the trainer's own loss, optimizer and step; the held-out loss by length of document,
+    before and after.
+    """
     device = ranks.device
     dtype = torch.float32 if device.type == "cpu" and start == "scratch" else torch.bfloat16
     model = model_of(start, size, data.vocabulary, data.pad, seed, cache)
@@ -232,6 +190,14 @@ def train(
     shape = BatchShape(positions=size.capacity, documents=max(len(ids) for packs in steps for ids in packs))
     maker = batch_maker(data.train, device=device, shape=shape, pad_token_id=data.pad)
     source = cast(TrainingBatches, Named())
+
+    def measure() -> dict[str, HeldOutLoss]:
+        return {
+            name: held_out_loss(strategy.module, batches(arena, size, ranks, data.pad))
+            for name, arena in data.held_out.items()
+        }
+
+    before = measure()
     strategy.module.train()
     for step in planned(steps, data.train):
         lr = size.lr * factor(step.index)
@@ -240,10 +206,7 @@ def train(
         )
         if outcome.fault is not None:
             raise outcome.fault
-    return {
-        name: held_out_loss(strategy.module, batches(arena, size, ranks, data.pad))
-        for name, arena in data.held_out.items()
-    }
+    return before, measure()
 
 
 def batches(arena: TokenArena, size: Size, ranks: Ranks, pad: int) -> Iterator[Batch]:
@@ -261,9 +224,8 @@ def one_run(
     lengths = data.train.lengths
     steps = steps_of(packer, lengths, capacity=size.capacity, packs_per_step=size.packs, epochs=size.epochs, seed=seed)
     began = time.perf_counter()
-    losses = train(ranks, start, size, data, steps, seed, cache)
+    before, losses = train(ranks, start, size, data, steps, seed, cache)
     count = sum(map(len, steps))
-    total = HeldOutLoss(sum(loss.nll for loss in losses.values()), sum(loss.targets for loss in losses.values()))
     tokens = size.epochs * int(lengths.sum(dtype=np.int64))
     return Result(
         key=key,
@@ -274,11 +236,17 @@ def one_run(
         steps=len(steps),
         fill=tokens / (count * size.capacity),
         variance=log_length_variance(lengths, steps),
-        loss=total.mean,
+        before=together(before).mean,
+        loss=together(losses).mean,
         by_length={name: loss.mean for name, loss in losses.items()},
-        held_out=total.targets,
+        held_out=together(losses).targets,
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def together(losses: dict[str, HeldOutLoss]) -> HeldOutLoss:
+    """The loss over documents of all lengths."""
+    return HeldOutLoss(sum(loss.nll for loss in losses.values()), sum(loss.targets for loss in losses.values()))
 
 
 def study(
@@ -291,8 +259,13 @@ def study(
     threads: int | None,
     cache: Path,
     results: Path,
+    minutes: float | None = None,
 ) -> list[Result]:
-    """The result of every packer and seed: those in the file ``results``, and the others, which are appended to it."""
+    """The result of every packer and seed: those in the file ``results``, and the others, which are appended to it.
+
+    With ``minutes``, those of the whole seeds that there are when another one would take longer, at least one.
+    """
+    began = time.perf_counter()
     key = study_key(start, size, device)
     done = read_results(results, key)
     register()
@@ -301,6 +274,11 @@ def study(
         missing: list[Packer] = [packer for packer in packers if (packer, seed) not in done]
         if not missing:
             continue
+        taken = max((run.seconds for run in done.values()), default=0.0) * len(missing)
+        if minutes is not None and seed > 0 and time.perf_counter() - began + taken > 60 * minutes:
+            print(f"{seed} of {seeds} seeds: another would end after the {minutes:g} minutes; the same command goes on")
+            seeds = seed
+            break
         with tempfile.TemporaryDirectory() as folder:
             data = prepare(start, size, seed, cache=cache, folder=Path(folder))
             for packer in missing:
@@ -317,7 +295,7 @@ def study(
 
 def study_key(start: Start, size: Size, device: Device) -> str:
     """What all results that may be compared have in common."""
-    versions = [installed_digest(), PLAN_FORMAT, version("trl")]
+    versions = [RESULT_FORMAT, installed_digest(), PLAN_FORMAT, version("trl")]
     return digest([start, asdict(size), device, HELD_OUT, LONG, SHORT, versions])[:16]
 
 
@@ -325,8 +303,9 @@ def read_results(path: Path, key: str) -> dict[tuple[str, int], Result]:
     """The finished runs of this study by packer and seed."""
     if not path.is_file():
         return {}
-    lines = [Result(**json.loads(line)) for line in path.read_text("utf-8").splitlines() if line]
-    return {(line.packer, line.seed): line for line in lines if line.key == key}
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    found = [Result(**line) for line in lines if line["key"] == key]
+    return {(line.packer, line.seed): line for line in found}
 
 
 def append_result(path: Path, result: Result) -> None:
@@ -355,6 +334,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads; otherwise torch's choice")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/trimtab"))
+    parser.add_argument("--minutes", type=float, help="no seed is begun, after the first, that would end later")
     parser.add_argument("--results", type=Path, help="JSON lines; otherwise in the cache")
     parser.add_argument("--plot", type=Path, help="a PNG")
     return parser.parse_args()
@@ -367,9 +347,7 @@ def main() -> None:
     changes: dict[str, Any] = {name: getattr(given, name) for name in ("tokens", "packs", "lr")}
     size = replace(SIZES[given.start, device], **{name: value for name, value in changes.items() if value is not None})
     if (given.start, device) == ("builtin", "cpu"):
-        print(
-            f"the built-in model on a CPU: {size.tokens:,} tokens a run, which is next to nothing; a GPU takes millions"
-        )
+        print(f"the built-in model on a CPU: {size.tokens:,} tokens a run, where a GPU takes {GPU_TOKENS:,}")
     found = study(
         given.start,
         size,
@@ -379,6 +357,7 @@ def main() -> None:
         threads=given.threads,
         cache=cache,
         results=given.results or cache / "bench" / "packing_training.jsonl",
+        minutes=given.minutes,
     )
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     title = f"{given.start}, {size.packs} packs of {size.capacity} per step, {found[0].tokens:,} tokens, lr {size.lr:g}"

@@ -6,6 +6,7 @@ hide a difference that is smaller than that between seeds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 BUCKETS = {"long": ">= 512", "middle": "64-511", "short": "< 64"}
 """Names of lengths in tokens."""
+CRITICAL = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t that chance passes once in twenty times, for 2, 3, ... 10 pairs; more are taken like 10."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +25,8 @@ class Result:
     """One finished run.
 
     ``key``: of its study. ``documents``, ``tokens``: trained on, the tokens over all epochs. ``fill``: share of all
-    packs in use. ``variance``: over steps, of the mean log-length of a step's documents. ``loss``: nats per held-out
-    target, of which there are ``held_out``; ``by_length`` the same by bucket.
+    packs in use. ``variance``: over steps, of the mean log-length of a step's documents. ``before``, ``loss``: nats per
+    held-out target before and after training, of which there are ``held_out``; ``by_length`` the latter by bucket.
     """
 
     key: str
@@ -34,6 +37,7 @@ class Result:
     steps: int
     fill: float
     variance: float
+    before: float
     loss: float
     by_length: dict[str, float]
     held_out: int
@@ -61,17 +65,31 @@ def paired(results: Sequence[Result]) -> dict[str, list[float]]:
     return {packer: [run.loss - base[run.seed] for run in runs if run.seed in base] for packer, runs in others}
 
 
+def verdict(differences: Sequence[float]) -> str:
+    """Whether the mean of ``differences`` is more than chance makes of so many pairs, in words."""
+    pairs = len(differences)
+    if pairs < 2:
+        return "one seed tells nothing"
+    error = spread(differences) / sqrt(pairs)
+    t = abs(mean(differences)) / error if error else inf
+    critical = CRITICAL[min(pairs - 2, len(CRITICAL) - 1)]
+    words = f"t = {t:.1f} of {pairs} pairs, chance passes {critical} once in twenty"
+    return f"{words}: {'a difference' if t > critical else 'NOT decided'}"
+
+
 def table(results: Sequence[Result]) -> str:
     """Both tables as text."""
     runs = by_packer(results)
     lines = [
-        f"{'packer':13}{'fill':>8}{'steps':>7}{'held-out loss (sd)':>21}"
+        f"{'packer':13}{'fill':>8}{'steps':>7}{'before':>9}{'held-out loss (sd)':>21}"
         + "".join(f"{words:>9}" for words in BUCKETS.values())
         + f"{'var. of log-length':>20}"
     ]
     for packer, of in runs.items():
         losses = [run.loss for run in of]
-        row = f"{packer:13}{100 * mean(run.fill for run in of):7.2f}%{of[0].steps:7}"
+        row = (
+            f"{packer:13}{100 * mean(run.fill for run in of):7.2f}%{of[0].steps:7}{mean(run.before for run in of):9.4f}"
+        )
         row += f"{f'{mean(losses):.4f} ({spread(losses):.4f})':>21}"
         for name in BUCKETS:
             values = [run.by_length[name] for run in of if name in run.by_length]
@@ -85,7 +103,7 @@ def table(results: Sequence[Result]) -> str:
             f"\n{packer} - {base}, seed by seed: "
             + " ".join(f"{difference:+.4f}" for difference in differences)
             + f"\n  mean {mean(differences):+.4f} (sd {spread(differences):.4f}), ratio of losses {1 + share:.4f}; "
-            + f"{base} is lower in {lower} of {len(differences)}"
+            + f"{base} is lower in {lower} of {len(differences)}\n  {verdict(differences)}"
         )
     return "\n".join(lines) + "\n"
 
@@ -99,6 +117,7 @@ def summary(results: Sequence[Result]) -> dict[str, object]:
                 "steps": of[0].steps,
                 "tokens": of[0].tokens,
                 "variance": mean(run.variance for run in of),
+                "before": [run.before for run in of],
                 "loss": [run.loss for run in of],
                 "by_length": [run.by_length for run in of],
             }

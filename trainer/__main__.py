@@ -33,7 +33,7 @@ python -m trainer [verb] [RUN ...] [overrides]
 Verbs:
 """
 SHOW = "show"
-SHOW_HELP = "how a run stands: stages, curves, scores, verified checkpoints; several runs: side by side"
+SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
 OPTIONS = """\
 
 Options:
@@ -41,6 +41,7 @@ Options:
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
   -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
   -h, --help         this text
 """
@@ -57,6 +58,7 @@ class Words:
     show_config: bool
     multirun: bool
     node_rank: int | None
+    verify: bool
     help: bool
     version: bool
 
@@ -79,6 +81,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("--node-rank", type=int)
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--verify", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     found = parser.parse_intermixed_args(list(arguments))
@@ -98,6 +101,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
         show_config=found.cfg == "job",
         multirun=found.multirun,
         node_rank=found.node_rank,
+        verify=found.verify,
         help=found.help or verb == "help",
         version=found.version,
     )
@@ -145,6 +149,14 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
     elif words.verb == SHOW:
         _show(words)
+    elif words.verify:
+        raise UserError(
+            "--verify belongs to show",
+            where="command line",
+            got=f"--verify with {words.verb}",
+            allowed="python -m trainer show --verify RUN",
+            do="leave it out; a resume reads every byte anyway, and the stage `verify` is the word without dashes",
+        )
     elif words.runs:
         return _existing(words, cwd)
     else:
@@ -161,7 +173,7 @@ def _show(words: Words) -> None:
             allowed="one run folder, or several to compare",
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
-    show_runs(words.runs)
+    show_runs(words.runs, contents=words.verify)
 
 
 def _existing(words: Words, cwd: Path) -> int:

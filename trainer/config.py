@@ -70,8 +70,9 @@ class ModelConfig:
     """Run Python code that comes with the model. Needs a pinned ``model.revision`` for a Hub id."""
     chat_template: str | None = None
     """``builtin:NAME`` or a Jinja file that replaces the tokenizer's own template."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a
+    third more time. null: off, and ``parallel=auto`` turns it on where nothing fits without it."""
     compile: bool | None = None
     """Decoder layers through torch.compile. null: on a GPU, where Triton and a C compiler are there."""
 
@@ -219,8 +220,10 @@ class OptimConfig:
 class PackingConfig:
     """How documents become micro-batches. Documents of a pack never see each other."""
 
-    capacity: Annotated[int, Meta(ge=8)] = 2048
-    """Tokens per pack, and so per micro-batch of a rank."""
+    capacity: Annotated[int, Meta(ge=8)] | Literal["auto"] = 2048
+    """Tokens per pack, and so per micro-batch of a rank.
+    ``auto``: the largest power of two that fits into the memory, up to 32768, and divides ``optim.batch_tokens`` among
+    the ranks."""
     algorithm: Literal["rfc", "ffd", "bfd"] = "rfc"
     """``rfc``: random-fill-close, keeps steps random samples; ``ffd``, ``bfd``: first- and best-fit decreasing."""
     max_documents: Count | None = None
@@ -232,6 +235,13 @@ class PackingConfig:
     """For ``cost=time``, in 1 / tokens: time of a pair of tokens in attention over that of a token in everything else;
     null: from the model's shape. A run prints the ratio that it measured."""
 
+    @property
+    def tokens(self) -> int:
+        """``capacity`` as a number, which a plan has made of ``auto``."""
+        if self.capacity == "auto":
+            raise AssertionError("packing.capacity=auto is decided by the plan")
+        return self.capacity
+
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
@@ -239,8 +249,11 @@ class ParallelConfig:
 
     name: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """``ddp``: a replica per rank; ``fsdp``: a shard per rank of weights, gradients and optimizer state; ``zero1``,
-    ``zero2``, ``zero3``: DeepSpeed divides optimizer state, and gradients, and weights; ``auto``: one process alone,
-    else ``ddp``."""
+    ``zero2``, ``zero3``: DeepSpeed divides optimizer state, and gradients, and weights; ``auto``: the fastest that fits
+    into the memory, in the order of docs/which_layout.md."""
+    memory_reserve: Probability = 0.1
+    """Share of a device's memory that ``auto`` leaves free: for CUDA itself,
+    fragments, and what the estimate misses."""
     reshard_after_forward: bool = True
     """fsdp: give a layer's gathered weights back after its forward pass and gather them again in the backward pass;
     false keeps them: less traffic, more memory."""
@@ -283,6 +296,10 @@ class LaunchConfig:
     """Ranks on a machine; null: one per visible GPU, or one on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the ranks compute."""
+    gpu_memory_gb: Positive | None = None
+    """Count on so much memory of each GPU, in 10^9 bytes; null: what the GPUs
+    here have. With the verb ``plan`` also GPUs that this machine does not have: ``launch.gpu_memory_gb=80
+    launch.processes=8``."""
     threads: Count | None = None
     """CPU threads of each rank; null: the cores divided by the ranks."""
     time: str | None = None
@@ -350,18 +367,34 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; null: at each validation."""
     keep: Count = 2
     """Newest verified checkpoints to keep besides the best one."""
+    asynchronous: bool = True
+    """Write behind the training, from a copy in host memory (12 bytes per trained parameter, divided among the ranks of
+    fsdp and zero); false: the training waits."""
 
 
 @dataclass(slots=True, kw_only=True)
 class GuardConfig:
-    """What counts as a fault of training. A non-finite loss or gradient always stops before the optimizer step."""
+    """What counts as a fault of training, and what is done then. A step with a non-finite loss or gradient is never
+    taken, by any rank."""
+
+    nonfinite_action: Literal["stop", "skip", "rollback"] = "stop"
+    """A step with a non-finite loss or gradient: ``stop`` the run, ``skip`` its data, or ``rollback`` to the last good
+    checkpoint and pass over all data since then."""
 
     spike_factor: NonNegative = 4.0
     """A loss this many times its running median is a spike; 0: off."""
     spike_window: Annotated[int, Meta(ge=2)] = 32
     """Steps in the running median."""
-    spike_action: Literal["warn", "stop"] = "warn"
-    """Print and count a spike, or stop the run after a checkpoint."""
+    spike_action: Literal["warn", "stop", "skip", "rollback"] = "warn"
+    """Print and count a spike, ``stop`` the run after a checkpoint; or do not take its step and ``skip`` its data or
+    ``rollback``, as above."""
+    max_faults: Natural = 10
+    """Steps of a run that may be skipped or rolled back; one more stops it."""
+    max_faults_in_row: Natural = 3
+    """Such steps one directly after the other."""
+    hang_timeout: NonNegative = 600.0
+    """Seconds without progress in a training step, or without a sign of life of a rank anywhere, after which the stacks
+    of all ranks are written to their logs and the run ends as one to be continued; 0: never."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -159,6 +159,14 @@ def parse_progress(text: str) -> ProgressLine | None:
     )
 
 
+def gigabytes(count: int) -> str:
+    """``count`` bytes for people, in decimal units: GB, below one MB, below one kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def format_seconds(seconds: float) -> str:
     """``m:ss``, or ``h:mm:ss`` from an hour on."""
     whole = max(0, round(seconds))

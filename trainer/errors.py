@@ -10,6 +10,7 @@ that no raise site can forget one and the terminal, the log and the tests print 
     │   ├── ModelError              2   a model folder, tokenizer or adapter
     │   └── RunError                2   the run folder: in use, of another identity, no space
     ├── TrainingFault               1   non-finite loss or gradient, self-check failed, gate missed
+    ├── Interrupted                74   something outside failed (a disk, a rank); the driver makes 75 of a rank's 74
     ├── StoppedInGoodOrder         75   saved and stopped on request; the same command continues
     └── NeedsPerson                76   nothing trustworthy to continue from
 """
@@ -21,6 +22,7 @@ from difflib import get_close_matches
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
+EXIT_AGAIN = 74
 EXIT_STOPPED = 75
 EXIT_NEEDS_PERSON = 76
 
@@ -83,6 +85,12 @@ class RunError(UserError):
 
 class TrainingFault(TrimtabError):
     """Training or a check of it failed: non-finite values, self-check, gate."""
+
+
+class Interrupted(TrimtabError):
+    """Something outside the training failed: what was published is intact, and the same command goes on from it."""
+
+    exit_code = EXIT_AGAIN
 
 
 class StoppedInGoodOrder(TrimtabError):

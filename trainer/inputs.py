@@ -294,8 +294,19 @@ def data_fingerprint(config: Config, cwd: Path) -> str:
 
 
 def model_shape(config: Config, cwd: Path) -> ModelShape | None:
-    """Return the sizes of the base model; None for a Hub model (not looked up here) and for unknown architectures."""
-    if config.model.path in BUILTIN_SHAPES:
-        return BUILTIN_SHAPES[config.model.path]
+    """Return the sizes of the base model; None for a Hub model whose config is not in the Hub's cache, and others.
+
+    Others are architectures that nobody knows here. The network is not asked.
+    """
+    path = config.model.path
+    if path in BUILTIN_SHAPES:
+        return BUILTIN_SHAPES[path]
     folder = local_model(config, cwd)
-    return None if folder is None else folder_shape(folder)
+    if folder is not None:
+        return folder_shape(folder)
+    if not _HUB_MODEL_FORM.fullmatch(path):
+        return None
+    from huggingface_hub import try_to_load_from_cache  # a quarter of a second, for Hub models only
+
+    found = try_to_load_from_cache(path, "config.json", revision=config.model.revision)
+    return folder_shape(Path(found).parent) if isinstance(found, str) else None

@@ -18,11 +18,18 @@ DEFAULT_BATCH_PACKS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed is installed."""
+    """What this machine has: visible GPUs, CPU cores, and whether DeepSpeed is installed.
+
+    ``gpu_memory``: bytes of the smallest GPU; ``main_memory``: of this machine; None: nobody knows. ``compiles``:
+    layers can be compiled on GPUs here.
+    """
 
     gpus: int
     cores: int
     deepspeed: bool = True
+    gpu_memory: int | None = None
+    main_memory: int | None = None
+    compiles: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +45,17 @@ class Layout:
     accumulation: int
 
 
+def ranks_here(config: Config, devices: Devices) -> tuple[Literal["cpu", "cuda"], int]:
+    """Return where the ranks compute, and how many there are on a machine."""
+    launch = config.launch
+    device = launch.device if launch.device != "auto" else "cuda" if devices.gpus else "cpu"
+    return device, launch.processes or (max(devices.gpus, 1) if device == "cuda" else 1)
+
+
 def plan_layout(config: Config, devices: Devices, problems: list[Problem]) -> Layout:
     """Return device, ranks and batch; what does not work out goes to ``problems``, and the layout is then no use."""
     launch = config.launch
-    device = launch.device if launch.device != "auto" else "cuda" if devices.gpus else "cpu"
-    processes = launch.processes or (max(devices.gpus, 1) if device == "cuda" else 1)
+    device, processes = ranks_here(config, devices)
     if device == "cuda" and processes > devices.gpus:
         problems.append(
             Problem(
@@ -115,7 +128,7 @@ def _zero_problems(config: Config, device: str, devices: Devices) -> Iterator[Pr
 
 
 def _strategy(config: Config, world: int) -> StrategyName:
-    """Return what the ranks do: as configured, and DDP where the choice is left open."""
+    """Return what the ranks do: as configured; where the choice is left open, DDP until memory says otherwise."""
     if world == 1:
         return "single"
     return "ddp" if config.parallel.name == "auto" else config.parallel.name
@@ -127,7 +140,7 @@ def batch_packs(config: Config) -> int:
     if optim.batch_packs is not None:
         return optim.batch_packs
     if optim.batch_tokens is not None:
-        return max(1, optim.batch_tokens // config.packing.capacity)
+        return max(1, optim.batch_tokens // config.packing.tokens)
     return DEFAULT_BATCH_PACKS
 
 
@@ -137,7 +150,7 @@ def _remainder(config: Config, packs: int, nodes: int, processes: int) -> Proble
     below, above = packs // world * world, -(-packs // world) * world
     fitting = [number for number in (below, above) if number]
     in_tokens = config.optim.batch_tokens is not None
-    key, unit = ("batch_tokens", config.packing.capacity) if in_tokens else ("batch_packs", 1)
+    key, unit = ("batch_tokens", config.packing.tokens) if in_tokens else ("batch_packs", 1)
     fewer = [number for number in range(processes - 1, 0, -1) if packs % (nodes * number) == 0]
     return Problem(
         what="the global batch does not divide among the ranks",

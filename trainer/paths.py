@@ -166,6 +166,11 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def signs(self) -> Path:
+        """The last sign of life of every rank."""
+        return self.logs / "signs"
+
+    @property
     def checkpoints(self) -> Path:
         """Published checkpoints, ``step-00000012``."""
         return self.root / "checkpoints"

@@ -4,26 +4,39 @@ Also the identity of a run: ten hex digits of everything its training depends on
 therefore finds its run again, on another machine too, and a run is never continued with other data or settings.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
 
 from trainer import __version__
-from trainer.config import Config
+from trainer.capacity import with_capacity
+from trainer.config import Config, ParallelConfig
 from trainer.errors import ConfigError, RunError
 from trainer.fingerprint import digest
+from trainer.fitting import (
+    Candidate,
+    Case,
+    Considered,
+    candidates,
+    choose,
+    memory_of,
+    planned_dtype,
+    rank_room,
+    too_large,
+    zero_of,
+)
+from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
-from trainer.layout import adapted_layers, batch_packs, layer_problems, plan_layout
+from trainer.layout import batch_packs, layer_problems, plan_layout, ranks_here
 from trainer.markers import STAGES
-from trainer.memory import MemoryEstimate, Shards, StrategyName, estimate, lora_parameters, loss_chunk
+from trainer.memory import MemoryEstimate, ModelShape, StrategyName
 from trainer.rules import check as check
-from trainer_launch.zero import Stage, ZeroSpec
+from trainer_launch.zero import ZeroSpec
 
 FORMAT = 1
-ZERO_STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +45,10 @@ class RunPlan:
 
     ``batch_packs`` is the global batch in packs, ``accumulation`` the micro-batches of one rank in one optimizer step:
     ``batch_packs == world_size * accumulation``. ``threads`` are CPU threads of one rank.
+
+    ``parallel`` and ``checkpointing`` are what the ranks go by: those of the config, or what ``parallel=auto`` took
+    after all of ``considered``. ``machine``: what was there. ``capacity_reason``: why ``packing.capacity=auto`` is its
+    number.
     """
 
     format: int
@@ -51,6 +68,11 @@ class RunPlan:
     batch_packs: int
     accumulation: int
     code_version: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpointing: bool = False
+    considered: list[Considered] = field(default_factory=list[Considered])
+    machine: Devices | None = None
+    capacity_reason: str = ""
 
 
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
@@ -59,9 +81,15 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     Raises:
         ConfigError: with all problems: combinations of fields, missing or empty inputs, devices, batch arithmetic.
     """
-    problems = check(config)
-    problems += input_problems(config, cwd)
-    problems += layer_problems(config, model_shape(config, cwd))
+    of_inputs = input_problems(config, cwd)
+    shape, why = model_shape(config, cwd), ""
+    devices = devices if (unlike := contradictions(config, devices)) else counted_on(config, devices)
+    if config.packing.capacity == "auto":
+        if of_inputs or unlike:
+            raise ConfigError.of([*of_inputs, *unlike])
+        config, why = with_capacity(config, _case_before(config, shape, devices), shape)
+    problems = check(config) + of_inputs + unlike
+    problems += layer_problems(config, shape)
     layout = plan_layout(config, devices, problems)
     if problems:
         raise ConfigError.of(list(dict.fromkeys(problems)))
@@ -69,7 +97,7 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
     of_model, of_data = model_fingerprint(located, cwd), data_fingerprint(located, cwd)
     identity = identity_of(located, of_model, of_data)
     folder = Path(located.run.root) / located.run.name / identity if located.run.dir is None else Path(located.run.dir)
-    return RunPlan(
+    plan = RunPlan(
         format=FORMAT,
         identity=identity,
         name=located.run.name,
@@ -87,23 +115,85 @@ def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
         batch_packs=layout.batch_packs,
         accumulation=layout.accumulation,
         code_version=__version__,
+        parallel=config.parallel,
+        checkpointing=config.model.activation_checkpointing is True,
+        machine=devices,
+        capacity_reason=why,
+    )
+    return fitted(plan, shape)
+
+
+def fitted(plan: RunPlan, shape: ModelShape | None, dtype: str | None = None) -> RunPlan:
+    """Return ``plan`` with a layout that fits into the memory for a model of this ``shape``, in the compute ``dtype``.
+
+    As it is where sizes or memory are not known.
+
+    Raises:
+        ConfigError: nothing fits; with the figures, and what would.
+    """
+    if shape is None or plan.machine is None:
+        return plan
+    case = _case(plan, shape, dtype)
+    options = candidates(
+        plan.config,
+        world_size=plan.world_size,
+        accumulation=plan.accumulation,
+        device=plan.device,
+        deepspeed=plan.machine.deepspeed,
+    )
+    taken, seen = choose(case, options)
+    if taken is None:
+        raise ConfigError.of([too_large(case, seen, options)])
+    return replace(
+        plan, strategy=taken.strategy, parallel=taken.parallel, checkpointing=taken.checkpointing, considered=seen
+    )
+
+
+def _case(plan: RunPlan, shape: ModelShape, dtype: str | None) -> Case:
+    machine = plan.machine or Devices(gpus=0, cores=1)
+    return Case(
+        config=plan.config,
+        shape=shape,
+        device=plan.device,
+        processes=plan.processes,
+        world_size=plan.world_size,
+        accumulation=plan.accumulation,
+        dtype=planned_dtype(plan.config, plan.device) if dtype in (None, "auto") else dtype,
+        deepspeed=machine.deepspeed,
+        compiles=machine.compiles,
+        room=rank_room(plan.device, machine, plan.processes),
+        main_room=machine.main_memory,
+    )
+
+
+def _case_before(config: Config, shape: ModelShape | None, devices: Devices) -> Case | None:
+    """What packs are chosen for, before there is a batch in packs."""
+    if shape is None:
+        return None
+    device, processes = ranks_here(config, devices)
+    return Case(
+        config=config,
+        shape=shape,
+        device=device,
+        processes=processes,
+        world_size=(config.launch.nodes or 1) * processes,
+        accumulation=1,
+        dtype=planned_dtype(config, device),
+        deepspeed=devices.deepspeed,
+        compiles=devices.compiles,
+        room=rank_room(device, devices, processes),
+        main_room=devices.main_memory,
     )
 
 
 def zero_spec(plan: RunPlan) -> ZeroSpec | None:
     """Return what DeepSpeed divides among the ranks; None under the other strategies."""
-    stage = ZERO_STAGES.get(plan.strategy)
-    if stage is None:
-        return None
-    parallel = plan.config.parallel
-    return ZeroSpec(
-        stage=stage,
-        world_size=plan.world_size,
-        accumulation=plan.accumulation,
-        keep_whole_below=parallel.keep_whole_below if stage == 3 else 0,
-        offload_optimizer=parallel.offload_optimizer,
-        offload_parameters=parallel.offload_parameters,
-    )
+    return zero_of(layout_of(plan), world_size=plan.world_size, accumulation=plan.accumulation)
+
+
+def layout_of(plan: RunPlan) -> Candidate:
+    """The layout that the ranks of ``plan`` have."""
+    return Candidate(strategy=plan.strategy, parallel=plan.parallel, checkpointing=plan.checkpointing)
 
 
 # ---- memory
@@ -114,50 +204,8 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
 
     ``dtype`` is the resolved compute dtype; without it ``auto`` counts as bfloat16 on a GPU and float32 on a CPU.
     """
-    config = plan.config
-    method, shape = config.method, model_shape(plan.config, Path(plan.run_dir))
-    if shape is None:
-        return None
-    if dtype is None:
-        dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if plan.device == "cuda" else "float32"
-    layers = range(shape.layers) if method.layers is None else adapted_layers(method.layers, shape.layers)
-    if layers is None:
-        return None
-    adapter = lora_parameters(
-        shape, rank=method.rank, targets=method.targets, adapted_layers=len(layers), dora=method.dora
-    )
-    frozen = method.freeze_layers * shape.layer_parameters
-    frozen += shape.embedding_parameters if method.freeze_embeddings else 0
-    return estimate(
-        shape,
-        method=method.name,
-        dtype=dtype,
-        capacity=config.packing.capacity,
-        strategy=plan.strategy,
-        shards=_shards(plan),
-        zero=zero_spec(plan),
-        gather_for_generation=config.parallel.gather_for_generation,
-        adapter_parameters=adapter if method.name == "lora" else 0,
-        frozen_parameters=frozen,
-        traversed_layers=shape.layers - layers.start if method.name == "lora" else None,
-        checkpointing=config.model.activation_checkpointing,
-        loss_chunk=loss_chunk(plan.strategy, plan.device, config.packing.capacity, shape.vocabulary),
-    )
-
-
-def _shards(plan: RunPlan) -> Shards | None:
-    """Return how fsdp divides the model; None under the other strategies."""
-    if plan.strategy != "fsdp":
-        return None
-    parallel = plan.config.parallel
-    return Shards(
-        ranks=plan.world_size,
-        keep_layers=not parallel.reshard_after_forward,
-        whole_gradients=plan.accumulation > 1 and not parallel.reduce_every_micro_batch,
-        gather_for_generation=parallel.gather_for_generation,
-    )
+    shape = model_shape(plan.config, Path(plan.run_dir))
+    return None if shape is None else memory_of(_case(plan, shape, dtype), layout_of(plan))
 
 
 # ---- identity

@@ -68,7 +68,7 @@ def prepare(folder: RunFolder) -> Prepared:
 
     base = _resolve_base(config, rows, cache)
     context = _context(Path(base.directory))
-    _check_capacity(config.packing.capacity, context)
+    _check_capacity(config.packing.tokens, context)
     dtype, reason = _decide_dtype(folder, config.model.dtype, plan.device, base)
     console.say(f"base model {base.name}, {base.parameters:,} parameters, computing in {dtype} ({reason})")
 
@@ -192,7 +192,7 @@ def _tokenize(
 ) -> Tokenized:
     data, task = config.data, config.task
     options = TokenOptions(
-        capacity=config.packing.capacity,
+        capacity=config.packing.tokens,
         over_long=data.over_long,
         overlap=data.split_overlap,
         loss_on=data.loss_on,

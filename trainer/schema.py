@@ -5,8 +5,10 @@ sees every misspelt key and every wrong value of a config at once, each with wha
 """
 
 import ast
+import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
@@ -87,8 +89,11 @@ def shape(hint: Any) -> Shape:
             limits += tuple(entry for entry in hint.__metadata__ if isinstance(entry, msgspec.Meta))
             hint = get_args(hint)[0]
         elif origin in (Union, UnionType):
-            nullable = True
-            (hint,) = (part for part in get_args(hint) if part is not NoneType)
+            parts = [part for part in get_args(hint) if part is not NoneType]
+            nullable = nullable or len(parts) < len(get_args(hint))
+            if len(parts) > 1:  # a number or a word: what fits is for msgspec to say
+                return Shape(functools.reduce(operator.or_, parts), limits, nullable)
+            (hint,) = parts
         else:
             return Shape(hint, limits, nullable)
 
@@ -135,6 +140,8 @@ def describe(hint: Any) -> str:
         text = f"a list: [{describe(get_args(core)[0])}, ...]"
     elif get_origin(core) is dict:
         text = "pairs: {name: text, ...}"
+    elif get_origin(core) in (Union, UnionType):
+        return " or ".join(describe(part) for part in get_args(core)) + (", or null" if parts.nullable else "")
     elif is_dataclass(core):
         text = "a section with the keys " + ", ".join(field.name for field in fields(core))
     else:

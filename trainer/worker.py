@@ -48,6 +48,7 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             world_size=plan.world_size,
             threads=plan.threads,
             meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
+            traces=folder.logs,
         )
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")

@@ -24,8 +24,8 @@ def whole(name: str, value: int, least: int, most: int) -> int:
     return number
 
 
-def whole_numbers(name: str, values: object, least: int) -> NDArray[np.integer]:
-    """``values`` as a one-dimensional integer array with no element below ``least``."""
+def whole_numbers(name: str, values: object, least: int | None) -> NDArray[np.integer]:
+    """``values`` as a one-dimensional integer array with no element below ``least``, if that is given."""
     array = np.asarray(values)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
         raise PackingError(
@@ -34,7 +34,7 @@ def whole_numbers(name: str, values: object, least: int) -> NDArray[np.integer]:
             allowed="a one-dimensional integer array",
             do="take it from the arena",
         )
-    if len(array) and int(array.min()) < least:
+    if least is not None and len(array) and int(array.min()) < least:
         refuse_documents(
             f"{name} below {least}", array, array < least, f"at least {least}", "leave these documents out"
         )

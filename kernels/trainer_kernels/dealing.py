@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from trainer_kernels.compiled import compiled, prefetch
 
-_AHEAD = 16
-"""So many stretches ahead the memory of one is asked for."""
+_AHEAD = 24
+"""So many stretches ahead the weights of one are asked for."""
+_WRITTEN_AHEAD = 2
+"""So many stretches ahead the places that its documents go to are asked for."""
 _TOGETHER = 64
 """Packs written together: few enough that their lines stay in the fastest cache until they are complete."""
 
@@ -47,9 +49,26 @@ def first_runs(runs: Runs, size: int) -> Runs:
 
 
 @compiled
-def count_weights(weights: NDArray[np.int32]) -> NDArray[np.int64]:
+def survey(source: NDArray[np.integer], target: NDArray[np.integer]) -> tuple[np.int64, np.int64, np.int64]:
+    """Fill ``target`` with ``source`` (one at least); returns the least, the largest and the sum of ``source``.
+
+    What does not fit in ``target`` is cut there: look at the numbers first.
+    """
+    least = most = source[0]
+    total = np.int64(0)
+    for place in range(source.size):
+        value = source[place]
+        target[place] = value
+        least = min(least, value)
+        most = max(most, value)
+        total += np.int64(value)
+    return np.int64(least), np.int64(most), total
+
+
+@compiled
+def count_weights(weights: NDArray[np.integer], heaviest: int) -> NDArray[np.int64]:
     """``first`` int64[heaviest + 2]: sorted by weight, those of weight w are ``first[w]`` to ``first[w + 1] - 1``."""
-    first = np.zeros(np.int64(weights.max()) + 2, np.int64)
+    first = np.zeros(heaviest + 2, np.int64)
     for place in range(weights.size):
         first[np.uint32(weights[place]) + 1] += 1
     for weight in range(first.size - 1):
@@ -59,7 +78,7 @@ def count_weights(weights: NDArray[np.int32]) -> NDArray[np.int64]:
 
 @compiled
 def sort_by_weight(
-    weights: NDArray[np.int32],
+    weights: NDArray[np.integer],
     first: NDArray[np.int64],
     stretches: NDArray[np.int32],
     width: int,
@@ -69,19 +88,23 @@ def sort_by_weight(
 
     ``first`` is of ``count_weights``; stretch ``s`` is the documents from ``s * width`` on.
     """
-    free = first.copy()
-    last = weights.size - 1
+    free = first.astype(np.uint32)  # half the size: what is often used stays in the fastest cache
+    size = np.uint32(weights.size)
     for index in range(stretches.size):
         if index + _AHEAD < stretches.size:
             soon = np.int64(stretches[index + _AHEAD]) * width
             prefetch(weights, soon)
-            prefetch(weights, min(soon + width - 1, last))
-        begin = np.int64(stretches[index]) * width
-        for document in range(begin, min(begin + width, weights.size)):
-            weight = np.uint32(weights[document])
+            prefetch(weights, min(soon + width - 1, weights.size - 1))
+        if index + _WRITTEN_AHEAD < stretches.size:
+            begin = np.uint32(stretches[index + _WRITTEN_AHEAD]) * np.uint32(width)
+            for document in range(begin, min(begin + np.uint32(width), size)):
+                prefetch(dealt, np.int64(free[np.uint32(weights[np.uint32(document)])]))
+        begin = np.uint32(stretches[index]) * np.uint32(width)
+        for document in range(begin, min(begin + np.uint32(width), size)):
+            weight = np.uint32(weights[np.uint32(document)])
             place = free[weight]
             dealt[place] = document
-            free[weight] = place + 1
+            free[weight] = place + np.uint32(1)
 
 
 @compiled
@@ -98,43 +121,52 @@ def deal(
     The documents of one weight go to runs, and within a run to packs, as they were sorted. Place ``p`` is
     ``items[offsets[p]:offsets[p + 1]]``.
     """
-    place_of = np.empty(order.size, np.int32)
-    for place in range(order.size):
-        place_of[order[place]] = place
-    _lay_out(runs, place_of, offsets)
-    next_of = first.copy()
-    target = np.empty(_TOGETHER, np.int64)
-    pack = 0
-    for run in range(runs.packs.size):
-        left = runs.packs[run]
+    begin_of = np.empty(order.size, np.uint32)
+    _lay_out(runs, order, begin_of, offsets)
+    begins, documents, packs = runs.begin, runs.documents, runs.packs
+    weights, amounts = runs.weight, runs.amount
+    next_of = first.astype(np.uint32)
+    target = np.empty(_TOGETHER, np.uint32)
+    pack = np.int64(0)
+    for run in range(packs.size):
+        left = packs[run]
         while left > 0:
             together = min(left, _TOGETHER)
             for which in range(together):
-                target[which] = offsets[place_of[pack + which]]
-                prefetch(items, target[which])
-                prefetch(items, target[which] + runs.documents[run] - 1)
-            filled = 0
-            for part in range(runs.begin[run], runs.begin[run + 1]):
-                weight = np.uint32(runs.weight[part])
-                amount = np.int64(runs.amount[part])
+                target[which] = begin_of[pack + which]
+            # The next packs that follow may be of another run: then their last line is a guess.
+            for later in range(pack + _TOGETHER, min(begin_of.size, pack + _TOGETHER + together)):
+                soon = np.int64(begin_of[later])
+                prefetch(items, soon)
+                prefetch(items, min(soon + documents[run], items.size) - 1)
+            for part in range(begins[run], begins[run + 1]):
+                weight = np.uint32(weights[part])
+                amount = np.int64(amounts[part])
                 source = next_of[weight]
-                for copy in range(amount):
-                    for which in range(together):
-                        items[target[which] + filled + copy] = dealt[source + which * amount + copy]
-                filled += amount
-                next_of[weight] = source + together * amount
+                for which in range(together):
+                    slot = target[which]
+                    for _ in range(amount):
+                        items[slot] = dealt[source]
+                        source += np.uint32(1)
+                        slot += np.uint32(1)
+                    target[which] = slot
+                next_of[weight] = source
             pack += together
             left -= together
 
 
 @compiled
-def _lay_out(runs: Runs, place_of: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
-    """Where the pack at each place begins."""
-    offsets[0] = 0
-    pack = 0
+def _lay_out(runs: Runs, order: NDArray[np.int32], begin_of: NDArray[np.uint32], offsets: NDArray[np.int64]) -> None:
+    """Where each pack begins, by its number (``begin_of``) and by its place (``offsets``)."""
+    size_of = np.empty(order.size, np.int32)
+    pack = np.int64(0)
     for run in range(runs.packs.size):
-        for _ in range(runs.packs[run]):
-            offsets[place_of[pack] + 1] = runs.documents[run]
-            pack += 1
-    for place in range(place_of.size):
-        offsets[place + 1] += offsets[place]
+        size_of[pack : pack + runs.packs[run]] = runs.documents[run]
+        pack += runs.packs[run]
+    begin = np.int64(0)
+    for place in range(order.size):
+        offsets[place] = begin
+        number = np.uint32(order[place])
+        begin_of[number] = begin
+        begin += np.int64(size_of[number])
+    offsets[order.size] = begin

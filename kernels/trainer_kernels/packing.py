@@ -24,6 +24,7 @@ from trainer_kernels.errors import PackingError
 from trainer_kernels.order import DOCUMENTS, PACKS, permuted
 
 Algorithm = Literal["rfc", "ffd", "bfd"]
+Weight = np.uint16 | np.int32
 
 PLAN_FORMAT = 2
 """Raised whenever the same arguments would give another plan: part of what a resumed run must agree on."""
@@ -164,8 +165,8 @@ class Packer:
                 do="leave the pool out, or choose rfc",
             )
         self._algorithm: Algorithm = algorithm
-        self._weights = _weights(lengths, self._capacity, cost)
-        self._total = int(self._weights.sum(dtype=np.int64))
+        weighed = _weighed(lengths, self._capacity, cost)
+        self._weights, self._heaviest, self._total = weighed.array, weighed.heaviest, weighed.total
         usual = _default_pool(self._capacity, len(self._weights), self._total)
         self._pool = usual if pool is None else whole("pool", pool, 1, MAX_DOCUMENTS)
         self._block_documents = block_documents
@@ -179,33 +180,39 @@ class Packer:
         ends = [np.zeros(1, np.int64)]
         for number in range(self.blocks):
             first, stop = self._stretch(number)
-            ends.append(first + self._fill(epoch, first, items[first:stop]))
+            ends.append(first + self._fill(epoch, first, items[first:stop])[0])
         return self._plan(items, np.concatenate(ends), self._total)
 
     def block(self, epoch: int, number: int) -> PackPlan:
         """The packs of block ``number`` of ``blocks``: the epoch's next documents after those of the blocks before."""
         whole("epoch", epoch, 0, (1 << 32) - 1)
         whole("the number of a block", number, 0, self.blocks - 1)
-        weights = self._weights
-        if self._algorithm != "rfc":
-            seed, most = self._seed, self._most
-            items, offsets = plan_decreasing(
-                weights, self._capacity, self._algorithm, seed=seed, epoch=epoch, max_docs=most
-            )
-            return self._plan(items, offsets, self._total)
-        first, stop = self._stretch(number)
-        items = np.empty(stop - first, np.int32)
-        offsets = np.concatenate([np.zeros(1, np.int64), self._fill(epoch, first, items)])
-        return self._plan(items, offsets, self._total if self.blocks == 1 else int(weights[items].sum(dtype=np.int64)))
+        if self._algorithm == "rfc":
+            first, stop = self._stretch(number)
+            items = np.empty(stop - first, np.int32)
+            ends, used = self._fill(epoch, first, items)
+            return self._plan(items, np.concatenate([np.zeros(1, np.int64), ends]), used)
+        items, offsets = plan_decreasing(
+            self._weights,
+            self._heaviest,
+            self._capacity,
+            self._algorithm,
+            seed=self._seed,
+            epoch=epoch,
+            max_docs=self._most,
+        )
+        return self._plan(items, offsets, self._total)
 
     def _stretch(self, number: int) -> tuple[int, int]:
         first = number * self._block_documents
         return first, min(first + self._block_documents, len(self._weights))
 
-    def _fill(self, epoch: int, first: int, items: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Random-fill-close of the documents from place ``first`` of the order on; returns where packs end."""
+    def _fill(self, epoch: int, first: int, items: NDArray[np.int32]) -> tuple[NDArray[np.int64], int]:
+        """Random-fill-close of the documents from place ``first`` of the order on: where packs end, and their sum."""
         order = permuted(len(self._weights), self._seed, epoch, DOCUMENTS, first, first + len(items))
-        return planners.random_fill_close(self._weights, order, self._capacity, self._pool, self._most, items)
+        weights = np.empty(len(order), np.uint32)
+        used = int(planners.weights_in_order(self._weights, order, weights))
+        return planners.random_fill_close(weights, order, self._capacity, self._pool, self._most, items), used
 
     def _plan(self, items: NDArray[np.int32], offsets: NDArray[np.int64], used: int) -> PackPlan:
         return _read_only(items, offsets, used / ((len(offsets) - 1) * self._capacity))
@@ -228,7 +235,8 @@ def _read_only(items: NDArray[np.int32], offsets: NDArray[np.int64], fill: float
 
 
 def plan_decreasing(
-    weights: NDArray[np.int32],
+    weights: NDArray[Weight],
+    heaviest: int,
     capacity: int,
     algorithm: Algorithm,
     *,
@@ -237,10 +245,13 @@ def plan_decreasing(
     max_docs: int,
     stretches: int = STRETCHES,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """``(items, offsets)`` of ``ffd`` or ``bfd`` over all of the checked ``weights``, the packs in seeded order."""
+    """``(items, offsets)`` of ``ffd`` or ``bfd`` over all of the checked ``weights``, the packs in seeded order.
+
+    ``heaviest`` is the largest of them.
+    """
     count = len(weights)
     width = -(-count // stretches)
-    first = dealing.count_weights(weights)
+    first = dealing.count_weights(weights, heaviest)
     planner = planners.first_fit_decreasing if algorithm == "ffd" else planners.best_fit_decreasing
     room = dealing.room_for_runs(count)
     runs = dealing.first_runs(room, planner(first, capacity, max_docs, room))
@@ -258,9 +269,19 @@ def _default_pool(capacity: int, count: int, total: int) -> int:
     return max(SMALLEST_POOL, 4 * capacity * count // total)
 
 
-def _weights(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None) -> NDArray[np.int32]:
-    """What each document takes of the capacity, int32[n], after all checks."""
-    array = whole_numbers("lengths", lengths, 1)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weights:
+    """What each document takes of the capacity, [n]; the least, the largest and the sum."""
+
+    array: NDArray[Weight]
+    least: int
+    heaviest: int
+    total: int
+
+
+def _weighed(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None) -> _Weights:
+    """The weights after all checks, in memory of their own: files are mapped in small pages, slow to look up."""
+    array = whole_numbers("lengths", lengths, None)
     if len(array) == 0:
         raise PackingError(
             "there are no documents to pack",
@@ -269,12 +290,25 @@ def _weights(lengths: NDArray[np.integer], capacity: int, cost: CostModel | None
             do="check which rows were dropped before packing",
         )
     whole("the number of documents", len(array), 1, MAX_DOCUMENTS)
-    if int(array.max()) > capacity:
+    found = _surveyed(array, capacity)
+    if found.least < 1:
+        whole_numbers("lengths", array, 1)
+    if found.heaviest > capacity:
         do = "drop, truncate or split them, or raise the capacity"
         refuse_documents("documents that fit no pack", array, array > capacity, f"1 to {capacity} tokens", do)
-    weights = array if cost is None else cost.weight(array)
-    if int(weights.max()) > capacity:
-        do = f"raise the capacity to at least {int(weights.max())}, or drop, truncate or split them"
+    if cost is None:
+        return found
+    weights = cost.weight(array)
+    found = _surveyed(weights, capacity)
+    if found.heaviest > capacity:
+        do = f"raise the capacity to at least {found.heaviest}, or drop, truncate or split them"
         what = "documents that cost more than a pack may"
         refuse_documents(what, weights, weights > capacity, f"a weight of at most {capacity}", do)
-    return weights.astype(np.int32)  # a copy even then: files are mapped in small pages, slow to look up at random
+    return found
+
+
+def _surveyed(array: NDArray[np.integer], capacity: int) -> _Weights:
+    """``array`` in as few bytes as weights up to ``capacity`` take: they are looked up at random, and that is all."""
+    weights: NDArray[Weight] = np.empty(len(array), np.uint16 if capacity < 1 << 16 else np.int32)
+    least, heaviest, total = dealing.survey(array, weights)
+    return _Weights(weights, int(least), int(heaviest), int(total))

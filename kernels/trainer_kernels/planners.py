@@ -25,6 +25,8 @@ at least this percentage of the pool: then partners are scarce, and a pack witho
 
 _1 = np.uint64(1)
 _63 = np.uint64(63)
+_6 = np.uint32(6)
+_WITHIN = np.uint32(63)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 Number = int | np.integer[Any]
@@ -82,184 +84,115 @@ def _largest_up_to(words: NDArray[np.uint64], summary: NDArray[np.uint64], numbe
     return (word << 6) + np.int64(_63 - _leading_zeros(bits))
 
 
-class _Pool(NamedTuple):
-    """The documents that random-fill-close may choose from: the next ones of the stream that are not in a pack.
-
-    Those of one weight are a stretch of a stack (``top`` by weight, ``below`` by place), the newest on top, taken from
-    there to close packs; the stream and the big ones take the oldest. So the top is in the pool whenever ``waiting``,
-    how many there are, is not zero. ``words`` and ``summary`` are the set of weights that have some. ``sums``: the
-    weight of all, and how many are big, that is above ``half``.
-    """
-
-    top: NDArray[np.int32]
-    below: NDArray[np.int32]
-    waiting: NDArray[np.int32]
-    words: NDArray[np.uint64]
-    summary: NDArray[np.uint64]
-    sums: NDArray[np.int64]
-    half: int
-
-
 @compiled
-def _empty_pool(count: int, heaviest: Number, half: int) -> _Pool:
-    return _Pool(
-        np.empty(heaviest + 1, np.int32),
-        np.empty(count, np.int32),
-        np.zeros(heaviest + 1, np.int32),
-        np.zeros((heaviest >> 6) + 1, np.uint64),
-        np.zeros((heaviest >> 12) + 1, np.uint64),
-        np.zeros(2, np.int64),
-        half,
-    )
-
-
-@compiled
-def _enter(pool: _Pool, weights: NDArray[np.uint32], first: int, stop: int) -> int:
-    """Put places ``[first, stop)`` into the pool; returns ``stop``, or ``first`` if that is more."""
-    volume = 0
-    bigs = 0
-    for place in range(first, stop):
-        weight = weights[place]
-        pool.below[place] = pool.top[weight]
-        pool.top[weight] = place
-        pool.waiting[weight] += 1
-        _insert(pool.words, pool.summary, weight)
-        volume += weight
-        bigs += weight > pool.half
-    pool.sums[0] += volume
-    pool.sums[1] += bigs
-    return max(first, stop)
-
-
-@compiled
-def _leave(pool: _Pool, weight: Number) -> None:
-    """One document of ``weight`` less; ``sums`` are up to the caller."""
-    left = pool.waiting[weight] - 1
-    pool.waiting[weight] = left
-    _remove_if(pool.words, weight, left == 0)
-
-
-@compiled
-def _fill(
-    pool: _Pool,
-    weights: NDArray[np.uint32],
-    taken: NDArray[np.bool_],
-    head: int,
-    entered: int,
-    room: Number,
-    packed: NDArray[np.int32],
-) -> tuple[int, Number, int]:
-    """Take the stream from ``head`` on, to one that does not fit, the end of the pool, or that of ``packed``.
-
-    Writes the places of those taken to ``packed``; returns the new head, the room left, and how many were taken.
-    """
-    filled = 0
-    bigs = 0
-    before = room
-    while filled < packed.size and head < entered:
-        if not taken[head]:
-            weight = weights[head]
-            if weight > room:
-                break
-            _leave(pool, weight)
-            bigs += weight > pool.half
-            room -= weight
-            packed[filled] = head
-            filled += 1
-        head += 1
-    pool.sums[0] -= before - room
-    pool.sums[1] -= bigs
-    return head, room, filled
-
-
-@compiled
-def _close(
-    pool: _Pool,
-    weights: NDArray[np.uint32],
-    taken: NDArray[np.bool_],
-    entered: int,
-    room: Number,
-    packed: NDArray[np.int32],
-) -> tuple[int, int]:
-    """Take the heaviest that fit, the newest of equals, while there is one; for each, one enters the pool.
-
-    Writes their places to ``packed``; returns how many places have entered the pool, and how many were taken.
-    """
-    filled = 0
-    heaviest = pool.top.size - 1
-    while filled < packed.size and room > 0:
-        weight = _largest_up_to(pool.words, pool.summary, min(room, heaviest))
-        if weight < 0:
-            break
-        place = pool.top[weight]
-        pool.top[weight] = pool.below[place]
-        taken[place] = True
-        _leave(pool, weight)
-        pool.sums[0] -= weight
-        pool.sums[1] -= weight > pool.half
-        room -= weight
-        packed[filled] = place
-        filled += 1
-        entered = _enter(pool, weights, entered, min(entered + 1, weights.size))
-    return entered, filled
+def weights_in_order(
+    weights_of: NDArray[np.integer], order: NDArray[np.int32], weights: NDArray[np.uint32]
+) -> np.int64:
+    """Fill ``weights`` with ``weights_of[document]`` for the documents of ``order``; returns the sum."""
+    total = np.int64(0)
+    for place in range(order.size):
+        weight = weights_of[np.uint32(order[place])]
+        weights[place] = weight
+        total += np.int64(weight)
+    return total
 
 
 @compiled
 def random_fill_close(
-    weights_of: NDArray[np.int32],
+    weights: NDArray[np.uint32],
     order: NDArray[np.int32],
     capacity: int,
     ahead: int,
     max_docs: int,
     items: NDArray[np.int32],
 ) -> NDArray[np.int64]:
-    """Pack the documents ``order``, of weights ``weights_of[document]``, looking ``ahead`` of them ahead.
+    """Pack the documents ``order``, of weights ``weights[place]``, looking ``ahead`` of them ahead.
 
     A pack takes the next documents until one does not fit, and is closed with the heaviest that fit out of the pool,
     the newest of equals. The one that did not fit opens the next pack. Fills ``items`` with the documents of all packs
-    and returns where each pack ends in it.
+    and returns where each pack ends in it. ``weights`` are overwritten.
+
+    The pool are the next ``ahead`` documents that are not in a pack. Those of one weight are a stack (``top`` by
+    weight, ``below`` by place), the newest on top, taken from there to close packs; the stream and the big ones take
+    the oldest. So a weight has documents in the pool as long as the stream has not passed its top, and nobody counts
+    them. One that was taken out of its turn weighs nothing from then on: the stream passes it without a question that
+    cannot be predicted.
+
+    It is all in one function, because arrays that are handed to another are counted by reference, at every call.
     """
-    count = order.size
-    weights = np.empty(count, np.uint32)  # in order
-    for place in range(count):
-        weights[place] = weights_of[order[place]]
-    pool = _empty_pool(count, np.int64(weights.max()), capacity // 2)
-    taken = np.zeros(count, np.bool_)  # of places from `head` on
-    places = np.empty(count, np.int32)
+    count = np.int64(order.size)
+    heaviest = np.int64(weights.max())
+    half = np.uint32(capacity // 2)
+    top = np.full(heaviest + 1, -1, np.int32)
+    below = np.empty(count, np.int32)
+    words = np.zeros((heaviest >> 6) + 1, np.uint64)  # weights that have documents in the pool
+    summary = np.zeros((heaviest >> 12) + 1, np.uint64)
+    volume = np.int64(0)  # weight of all documents in the pool
+    bigs = np.int64(0)  # how many of them are big, that is above half a pack
+    entered = np.int64(0)  # places below this have entered the pool
+    head = np.int64(0)  # no place below this is in the pool
+    big_head = np.int64(0)  # no place below this is in the pool and big
+    filled = np.int64(0)
     ends = np.empty(count, np.int64)
-    entered = 0  # places below this have entered the pool
-    head = 0  # no place below this is in the pool
-    big_head = 0  # no place below this is in the pool and big
-    filled = 0
-    packs = 0
+    packs = np.int64(0)
     while filled < count:
         room = np.int64(capacity)
         stop = min(count, filled + max_docs)
-        entered = _enter(pool, weights, entered, min(count, filled + ahead))
-        if pool.sums[1] > 0 and 100 * pool.sums[1] * capacity >= BIG_SHARE * pool.sums[0]:
-            big_head = max(big_head, head)
-            while taken[big_head] or weights[big_head] <= pool.half:
-                big_head += 1
-            taken[big_head] = True
-            _leave(pool, weights[big_head])
-            pool.sums[0] -= weights[big_head]
-            pool.sums[1] -= 1
-            room -= weights[big_head]
-            places[filled] = big_head
+        closing = False
+        while room > 0 and filled < stop:
+            for place in range(entered, min(count, filled + ahead)):
+                weight = weights[place]
+                below[place] = top[weight]
+                top[weight] = place
+                word = weight >> _6
+                before = words[word]
+                words[word] = before | (_1 << np.uint64(weight & _WITHIN))
+                if before == 0:
+                    summary[word >> _6] |= _1 << np.uint64(word & _WITHIN)
+                volume += np.int64(weight)
+                bigs += np.int64(weight > half)
+            entered = min(count, filled + ahead)
+            if closing:
+                found = _largest_up_to(words, summary, min(room, heaviest))
+                if found < 0:
+                    break
+                weight = np.uint32(found)
+                place = top[weight]
+                top[weight] = below[place]
+                weights[place] = 0
+                # Not a big one that was taken, either: where a big one fits, the head does not, so it is big and left,
+                # and those that were taken were older.
+                gone = top[weight] < head
+            elif room == capacity and bigs > 0 and 100 * bigs * capacity >= BIG_SHARE * volume:
+                big_head = max(big_head, head)
+                while weights[big_head] <= half:
+                    big_head += 1
+                place = big_head
+                weight = weights[place]
+                weights[place] = 0
+                gone = top[weight] == place
+            else:
+                while filled < stop and head < entered:
+                    weight = weights[head]
+                    if np.int64(weight) > room:
+                        break
+                    words[weight >> _6] &= ~(np.uint64(top[weight] == head) << np.uint64(weight & _WITHIN))
+                    items[filled] = order[head]  # written again by the next one, if this one is gone
+                    filled += np.int64(weight > 0)
+                    bigs -= np.int64(weight > half)
+                    volume -= np.int64(weight)
+                    room -= np.int64(weight)
+                    head += 1
+                closing = head < entered  # else the pool was too small for one pack
+                continue
+            words[weight >> _6] &= ~(np.uint64(gone) << np.uint64(weight & _WITHIN))
+            items[filled] = order[place]
             filled += 1
-        while True:  # again where the pool was too small for one pack
-            known = entered
-            head, room, more = _fill(pool, weights, taken, head, known, room, places[filled:stop])
-            filled += more
-            entered = _enter(pool, weights, known, min(count, filled + ahead))
-            if head < known or entered == known:
-                break
-        entered, more = _close(pool, weights, taken, entered, room, places[filled:stop])
-        filled += more
+            bigs -= np.int64(weight > half)
+            volume -= np.int64(weight)
+            room -= np.int64(weight)
         ends[packs] = filled
         packs += 1
-    for index in range(count):
-        items[index] = order[places[index]]
     return ends[:packs].copy()
 
 

@@ -67,6 +67,7 @@ def test_stretches_of_several_documents_equal_the_reference(
 ) -> None:
     items, offsets = packing.plan_decreasing(
         case.lengths,
+        int(case.lengths.max()),
         case.capacity,
         algorithm,
         seed=case.seed,

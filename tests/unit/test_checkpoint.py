@@ -1,6 +1,7 @@
 """Checkpoints: published whole or not at all, verified before they are believed, kept by rules."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainer.distributed.strategy import Strategy, make_strategy
 from trainer.errors import NeedsPerson, RunError
 from trainer.fingerprint import digest, file_digest
 from trainer.train.checkpoint import publish
+from trainer.train.checkpoint.fence import claim
 from trainer.train.checkpoint.format import (
     Checkpoint,
     DamagedCheckpoint,
@@ -54,7 +56,15 @@ def step(strategy: Strategy, seed: int) -> None:
 
 
 def published_at(strategy: Strategy, folder: Path, *steps: int) -> list[Path]:
-    return [save(strategy, folder, TrainState(step=number), identity=IDENTITY, base=BASE) for number in steps]
+    fence = claim(folder)
+    return [save(strategy, fence, TrainState(step=number), identity=IDENTITY, base=BASE) for number in steps]
+
+
+def visible(folder: Path) -> list[str]:
+    """What is in a folder of checkpoints, but for the empty one of this generation."""
+    (own,) = (path for path in folder.iterdir() if path.name.startswith(".generation-"))
+    assert list(own.iterdir()) == []
+    return sorted(path.name for path in folder.iterdir() if path != own)
 
 
 def ignore(_: str) -> None:
@@ -71,7 +81,7 @@ def test_a_loaded_state_continues_bit_by_bit(ranks: Ranks, tmp_path: Path) -> No
         step(straight, seed)
     state = TrainState(step=3, tokens=17)
     state.losses.add(0.1 + 0.2, factor=0, window=4)
-    save(straight, tmp_path, state, identity=IDENTITY, base=BASE)
+    save(straight, claim(tmp_path), state, identity=IDENTITY, base=BASE)
     step(straight, 3)
 
     resumed = prepared(ranks)
@@ -99,7 +109,7 @@ def test_no_pickle_and_no_leftovers(ranks: Ranks, tmp_path: Path) -> None:
     (path,) = published_at(prepared(ranks), tmp_path, 12)
     assert path.name == "step-00000012"
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank0.json", "rank0.safetensors"]
-    assert [file.name for file in tmp_path.iterdir()] == ["step-00000012"]
+    assert visible(tmp_path) == ["step-00000012"]
     modes = {file.stat().st_mode & 0o777 for file in path.iterdir()}
     assert len(modes) == 1, "the umask decides about all files alike"
 
@@ -202,7 +212,7 @@ def empty(path: Path) -> str:
 
 def other_format(path: Path) -> str:
     reseal(path, format=99)
-    return "format 99, and this version reads 1"
+    return "format 99, and this version reads 2"
 
 
 def other_step(path: Path) -> str:
@@ -227,8 +237,14 @@ def name_outside(path: Path) -> str:
     return r"\.\./\.\./secret is missing"
 
 
+def link_manifest(path: Path) -> str:
+    (path / "manifest.json").rename(path.parent / "manifest")
+    (path / "manifest.json").symlink_to(path.parent / "manifest")
+    return r"manifest\.json is a link to another place"
+
+
 DAMAGES = [cut, flip, remove_index, remove_manifest, edit_state, tear_manifest, empty, other_format, other_step,
-           link_out, name_outside]  # fmt: skip
+           link_out, link_manifest, name_outside]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -292,7 +308,7 @@ def test_a_whole_checkpoint_of_the_same_step_is_left_alone(ranks: Ranks, tmp_pat
     strategy = prepared(ranks)
     (path,) = published_at(strategy, tmp_path, 4)
     before = (path / "manifest.json").read_bytes()
-    save(strategy, tmp_path, TrainState(step=4, tokens=99), identity=IDENTITY, base=BASE)
+    save(strategy, claim(tmp_path), TrainState(step=4, tokens=99), identity=IDENTITY, base=BASE)
     assert (path / "manifest.json").read_bytes() == before
 
 
@@ -304,42 +320,45 @@ def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside(ranks: Ranks, tmp_
         flip(path)
     published_at(strategy, tmp_path, 4)
     verify(path)
-    names = sorted(entry.name for entry in tmp_path.iterdir())
-    assert names == ["step-00000004", "step-00000004.damaged", "step-00000004.damaged1"]
+    assert visible(tmp_path) == ["step-00000004", "step-00000004.damaged", "step-00000004.damaged1"]
     assert [entry.name for entry in published(tmp_path)] == ["step-00000004"]
 
 
 def test_what_an_earlier_process_left_half_done_goes_away(ranks: Ranks, tmp_path: Path) -> None:
-    for leftover in (".stage-step-00000003", ".removed-step-00000001"):
+    for leftover in (".stage-step-00000003", ".removed-step-00000001", ".generation-00000007"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "rank0.safetensors").write_bytes(b"half")
     published_at(prepared(ranks), tmp_path, 4)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000004"]
+    assert visible(tmp_path) == ["step-00000004"]
 
 
 def test_everything_is_on_disk_before_the_name_appears(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files, then their folder, then the rename, then the folder above."""
+    fence, strategy = claim(tmp_path), prepared(ranks)
     events: list[str] = []
-    real_sync, real_rename = publish.fsync_file, Path.rename
-    monkeypatch.setattr(publish, "fsync_file", lambda p: (events.append(p.name), real_sync(p)))
-    monkeypatch.setattr(publish, "fsync_directory", lambda p: events.append(f"folder {p.name}"))
-    monkeypatch.setattr(publish, "write_atomic", lambda p, data: (events.append(p.name), p.write_bytes(data)))
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(handle: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        real_sync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
 
     def rename(self: Path, target: Path) -> Path:
         events.append(f"rename to {target.name}")
         return real_rename(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    published_at(prepared(ranks), tmp_path, 4)
+    save(strategy, fence, TrainState(step=4), identity=IDENTITY, base=BASE)
     assert events == [
-        "rank0.json",
-        "rank0.safetensors",
-        "manifest.json",
-        "folder .stage-step-00000004",
+        "sync rank0.json",
+        "sync rank0.safetensors",
+        "sync manifest.json",
+        "sync step-00000004",
         "rename to step-00000004",
-        f"folder {tmp_path.name}",
+        f"sync {tmp_path.name}",
     ]
 
 
@@ -360,7 +379,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(
     with pytest.raises(SaveFailed, match="a checkpoint could not be written") as fault:
         published_at(strategy, tmp_path, 8)
     assert fault.value.problems[0].got == "rank 0: [Errno 28] No space left on device"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000004"]
+    assert visible(tmp_path) == ["step-00000004"]
     verify(before)
     monkeypatch.undo()
     published_at(strategy, tmp_path, 8)
@@ -374,10 +393,10 @@ def test_a_disk_that_is_full_during_training(tmp_path: Path) -> None:
     run = Run(folder=str(tmp_path), max_steps=6, validate_every=2)
 
     ((code, output),) = run_ranks(run, file_limit=200_000)
-    assert code == 2, output
+    assert code == 74, output
     assert "a checkpoint could not be written" in output
     assert "Traceback" not in output
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert visible(tmp_path / "checkpoints") == []
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6, "training went on to its end"
 
 
@@ -390,22 +409,22 @@ def steps_in(folder: Path) -> list[int]:
 
 def test_the_newest_and_the_best_are_kept(ranks: Ranks, tmp_path: Path) -> None:
     published_at(prepared(ranks), tmp_path, 1, 2, 3, 4, 5)
-    assert sorted(retain(tmp_path, keep=2, best=2, verified=set())) == [1, 3]
+    assert sorted(retain(claim(tmp_path), keep=2, best=2, verified=set())) == [1, 3]
     assert steps_in(tmp_path) == [2, 4, 5]
-    assert sorted(entry.name[:5] for entry in tmp_path.iterdir()) == ["step-"] * 3
+    assert [name[:5] for name in visible(tmp_path)] == ["step-"] * 3
 
 
 def test_a_damaged_one_neither_counts_nor_goes(ranks: Ranks, tmp_path: Path) -> None:
     paths = published_at(prepared(ranks), tmp_path, 1, 2, 3, 4)
     flip(paths[3])
     flip(paths[2])
-    assert retain(tmp_path, keep=1, best=None, verified=set()) == [1]
+    assert retain(claim(tmp_path), keep=1, best=None, verified=set()) == [1]
     assert steps_in(tmp_path) == [2, 3, 4]
 
 
 def test_the_last_one_is_never_deleted(ranks: Ranks, tmp_path: Path) -> None:
     published_at(prepared(ranks), tmp_path, 1, 2)
-    retain(tmp_path, keep=0, best=None, verified=set())
+    retain(claim(tmp_path), keep=0, best=None, verified=set())
     assert steps_in(tmp_path) == [2]
 
 
@@ -417,8 +436,8 @@ def test_what_is_known_to_be_whole_is_not_read_again(
     real = publish.verify
     monkeypatch.setattr(publish, "verify", lambda path: (read.append(path.name), real(path))[1])
     verified = {2}
-    retain(tmp_path, keep=2, best=None, verified=verified)
-    retain(tmp_path, keep=2, best=None, verified=verified)
+    retain(claim(tmp_path), keep=2, best=None, verified=verified)
+    retain(claim(tmp_path), keep=2, best=None, verified=verified)
     assert read == ["step-00000001"]
     assert verified == {1, 2}
 

@@ -36,7 +36,7 @@ def test_off_on_a_cpu_unless_asked_for():
 )
 def test_what_is_missing_is_said_or_refused(monkeypatch, package, compiler, strategy, words):
     monkeypatch.setattr("trainer.model.compiling.find_spec", lambda name: package)
-    monkeypatch.setattr("trainer.model.compiling.shutil.which", lambda name: compiler)
+    monkeypatch.setattr("trainer_launch.room.shutil.which", lambda name: compiler)
     wanted, why = should_compile(None, CUDA, strategy)
     assert not wanted
     assert words in why
@@ -48,7 +48,7 @@ def test_what_is_missing_is_said_or_refused(monkeypatch, package, compiler, stra
 
 def test_default_on_a_gpu(monkeypatch):
     monkeypatch.setattr("trainer.model.compiling.find_spec", lambda name: object())
-    monkeypatch.setattr("trainer.model.compiling.shutil.which", lambda name: name)
+    monkeypatch.setattr("trainer_launch.room.shutil.which", lambda name: name)
     assert should_compile(None, CUDA, "fsdp") == (True, "the default on GPUs")
 
 

@@ -13,13 +13,14 @@ import msgspec
 import pytest
 from drive_fixtures import Driven, driven
 
+from trainer.console import gigabytes
 from trainer.drive.environment import commit_of, cpu_of, gpu_names, installed, is_dirty
 from trainer.drive.folder import make_folder
 from trainer.drive.lock import Holder, hold
-from trainer.drive.overview import memory_text
+from trainer.drive.overview import memory_text, waiting_text
 from trainer.drive.prepared import read_prepared, read_schedule
 from trainer.drive.run import do_existing, do_new
-from trainer.drive.space import bytes_needed, gigabytes, model_width, require_space, trained_parameters
+from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters
 from trainer.errors import ConfigError, RunError, TrainingFault
 from trainer.paths import RunFolder
 
@@ -122,6 +123,26 @@ def test_an_interrupted_run_goes_on_where_it_was(driver: Driven, capsys: pytest.
     assert do(driver, "run") == 0
 
     assert driver.journal() == [*ALL[:2], *ALL[1:]]
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (
+            "print('error: rank 1 is frozen or dead', flush=True); sys.exit(74)",
+            "ended with exit code 74: rank 1 is frozen",
+        ),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL (out of memory, or killed by"),
+    ],
+)
+def test_a_fault_from_outside_is_said_and_can_be_continued(
+    driver: Driven, capsys: pytest.CaptureFixture[str], end: str, how: str
+) -> None:
+    driver.program("stand_in_ranks", end)
+    assert do(driver, "run") == 75
+    printed = capsys.readouterr()
+    assert f"error: rank 0 {how}" in printed.err
+    assert "what was saved is intact; to continue, type:\n  python -m trainer TYPED" in printed.out
 
 
 def test_ctrl_c_reaches_the_ranks_and_75_comes_back(driver: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +489,16 @@ def test_the_width_of_a_model(tmp_path: Path, text: str, width: int) -> None:
     (tmp_path / "config.json").write_text(text)
 
     assert model_width(tmp_path) == width
+
+
+def test_what_is_lost_by_waiting_comes_with_what_helps() -> None:
+    assert "wait 12 % of the time" in waiting_text(0.12, "tokens", by_time=False)
+    assert waiting_text(0.12, "tokens", by_time=False).endswith(
+        "; packing.cost=time makes packs that take equally long"
+    )
+    assert waiting_text(0.001, "tokens", by_time=False).endswith("estimated from the model's shape")
+    assert waiting_text(0.001, "time", by_time=True).endswith("estimated from the model's shape")
+    assert "dealt by time: a document takes longer" in waiting_text(0.12, "time", by_time=False)
 
 
 def test_bytes_for_people() -> None:

@@ -7,7 +7,7 @@ import pytest
 from plan_fixtures import LLAMA_8B, planned, refused
 
 from trainer.drive.overview import memory_text
-from trainer.memory import Shards, estimate, lora_parameters
+from trainer.memory import Adapter, Shards, estimate, lora_parameters
 from trainer.plan import estimate_memory
 
 EIGHT = Shards(ranks=8, keep_layers=False, whole_gradients=False, gather_for_generation=True)
@@ -76,6 +76,7 @@ def test_the_peak_may_be_before_or_after_training() -> None:
     assert found["loading"] == 4 * LLAMA_8B.parameters
     assert found["generating"] == found["parameters"] + found["optimizer"] + 4 * OUTER + 32 * 2 * LAYER
     assert found["peak"] == found["step"] > found["loading"] > found["generating"]
+    assert found["copies"] == 0, "layers are gathered in 16 bits"
     many = full(replace(EIGHT, ranks=64, gather_for_generation=False))
     assert many["generating"] == 0
     small = estimate(
@@ -85,7 +86,8 @@ def test_the_peak_may_be_before_or_after_training() -> None:
 
 
 def test_lora_divides_the_base_in_its_own_dtype() -> None:
-    adapter = lora_parameters(LLAMA_8B, rank=16, targets=["all-linear"], adapted_layers=32)
+    weights = lora_parameters(LLAMA_8B, rank=16, targets=["all-linear"], adapted_layers=32)
+    adapter = Adapter(rank=16, linears=frozenset(LLAMA_8B.linears), layers=32, parameters=weights)
     found = estimate(
         LLAMA_8B,
         method="lora",
@@ -93,13 +95,13 @@ def test_lora_divides_the_base_in_its_own_dtype() -> None:
         capacity=4096,
         strategy="fsdp",
         shards=EIGHT,
-        adapter_parameters=adapter,
+        adapter=adapter,
     )
-    assert found.loading == 2 * LLAMA_8B.parameters + 4 * adapter
+    assert found.loading == 2 * LLAMA_8B.parameters + 4 * weights
     assert found.parameters == -(-found.loading // 8)
-    per_layer = adapter // 32
+    per_layer = weights // 32
     assert found.communication == 2 * OUTER + 3 * 2 * (LAYER + per_layer) + 4 * per_layer
-    assert found.gradients == 4 * per_layer + -(-4 * adapter // 8)
+    assert found.gradients == 4 * per_layer + -(-4 * weights // 8)
 
 
 def test_the_plan_asks_for_the_layout_it_has(tmp_path: Path) -> None:

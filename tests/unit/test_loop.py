@@ -30,7 +30,7 @@ from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 from trainer.train.checkpoint.format import published, verify
 from trainer.train.checkpoint.publish import SaveFailed
-from trainer.train.guard import Judge, NonFinite, StopFlag
+from trainer.train.guard import FaultPolicy, Judge, NonFinite, StopFlag
 from trainer.train.loop import Hooks, Outcome, Settings, train, train_step
 from trainer.train.metrics import StepRecord, StepTimer
 from trainer.train.state import TrainState
@@ -244,6 +244,7 @@ class Recorder:
         self.lines: list[tuple[StepRecord, dict[str, float]]] = []
         self.warnings: list[str] = []
         self._figures, self._fail, self._step = figures, fail, 0
+        self.older: TrainState | None = None
 
     def hooks(self) -> Hooks:
         return Hooks(
@@ -259,12 +260,16 @@ class Recorder:
         value = self._figures(self.events.count("validate"))
         return {"loss": value, "other": 1.0}
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, _required: bool) -> None:
         if self._fail > 0:
             self._fail -= 1
             self.events.append(f"save {state.step} failed")
             raise SaveFailed("a checkpoint could not be written", got="no space")
         self.events.append(f"save {state.step}")
+
+    def rollback(self) -> TrainState | None:
+        self.events.append("rollback")
+        return self.older
 
     def record(self, record: StepRecord, figures: dict[str, float]) -> None:
         self.events.append(f"record {record.step}")
@@ -347,6 +352,69 @@ def test_a_poisoned_step_is_recorded_and_never_saved(ranks: Ranks, data: Path) -
     assert all(torch.isfinite(weight).all() for weight in weights_of(strategy).values())
 
 
+def poisoned(
+    ranks: Ranks, data: Path, recorder: Recorder, bad: set[int], *, steps: int = 9, **changes: object
+) -> TrainState:
+    """A course in which the steps ``bad`` have a loss that is not a number."""
+    strategy, loss = tiny_strategy(ranks, lora=True)
+    calls = iter(range(100))
+    loss.register_forward_hook(times(lambda: float("nan") if next(calls) // 2 + 1 in bad else 1.0))
+    source = make_source(data, ranks, packs=2, max_steps=steps)
+    hooks = replace(recorder.hooks(), rollback=recorder.rollback)
+    return train(strategy, source, settings(**changes), hooks, TrainState(), StopFlag())
+
+
+def test_a_skipped_step_is_told_counted_and_passed_over(ranks: Ranks, data: Path) -> None:
+    recorder = Recorder()
+    state = poisoned(ranks, data, recorder, {2, 3, 6}, policy=FaultPolicy(nonfinite="skip"))
+    assert (state.step, state.faults, state.faults_in_row, state.rollbacks) == (9, 3, 0, 0)
+    assert len(state.losses.recent) == 6, "no spike is measured against what is not a number"
+    assert [record.step for record, _ in recorder.lines] == list(range(1, 10))
+    assert recorder.warnings[-1].startswith("step 6: the loss is not a finite number")
+    assert recorder.warnings[-1].endswith("the step is skipped (3 so far)")
+
+
+@pytest.mark.parametrize(
+    ("bad", "limits", "step", "got"),
+    [({1, 3, 5}, {"most": 2}, 5, "3 in this run, 1 in a row"), ({1, 2}, {"most_in_row": 1}, 2, "2 in this run, 2 in")],
+)
+def test_too_many_faults_stop_the_run(
+    ranks: Ranks, data: Path, bad: set[int], limits: dict[str, int], step: int, got: str
+) -> None:
+    with pytest.raises(TrainingFault, match=f"step {step}: too many steps could not be taken") as fault:
+        poisoned(ranks, data, Recorder(), bad, policy=FaultPolicy(nonfinite="skip", **limits))  # type: ignore[arg-type]
+    assert fault.value.problems[0].got.startswith(got)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(ranks: Ranks, data: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(NonFinite, match="step 1: the loss is not a finite number"):
+        poisoned(ranks, data, recorder, {1}, policy=FaultPolicy(nonfinite="rollback"))
+    assert recorder.events == ["rollback", "record 1"]
+
+
+def test_a_rollback_is_saved_at_once(ranks: Ranks, data: Path) -> None:
+    recorder = Recorder()
+    recorder.older = TrainState(step=2)
+    recorder.older.losses.recent = [7.0]
+    state = poisoned(ranks, data, recorder, {3}, steps=3, policy=FaultPolicy(nonfinite="rollback"), save_every=100)
+    assert recorder.events == ["record 1", "record 2", "rollback", "record 3", "save 3"]
+    assert (state.step, state.rollbacks, state.losses.recent) == (3, 1, [7.0])
+
+
+def test_a_spike_can_be_skipped_before_its_step(ranks: Ranks, data: Path) -> None:
+    strategy, _ = tiny_strategy(ranks, lora=True)
+    before = weights_of(strategy)
+    recorder, state = Recorder(), TrainState()
+    state.losses.recent = [0.01] * 8
+    source = make_source(data, ranks, packs=2, max_steps=1)
+    chosen = settings(spike_factor=4.0, spike_window=8, policy=FaultPolicy(spike="skip"))
+    end = train(strategy, source, chosen, recorder.hooks(), state, StopFlag())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(strategy).items())
+    assert (end.step, end.faults, end.losses.spikes, end.losses.recent) == (1, 1, 1, [0.01] * 8)
+    assert recorder.warnings[0].startswith("step 1: loss spike: 4.")
+
+
 def test_a_spike_is_told_and_counted(ranks: Ranks, data: Path) -> None:
     recorder = Recorder()
     state = TrainState()
@@ -364,7 +432,14 @@ def test_a_spike_stops_the_run_after_a_checkpoint_if_asked(ranks: Ranks, data: P
     state.losses.recent = [0.01] * 8
     with pytest.raises(TrainingFault, match="step 1: loss spike") as fault:
         course(
-            ranks, data, recorder, state=state, spike_factor=4.0, spike_window=8, spike_action="stop", save_every=100
+            ranks,
+            data,
+            recorder,
+            state=state,
+            spike_factor=4.0,
+            spike_window=8,
+            policy=FaultPolicy(spike="stop"),
+            save_every=100,
         )
     assert recorder.events == ["record 1", "save 1"]
     assert fault.value.problems[0].allowed == "at most 4 times 0.01 (guard.spike_factor)"

@@ -11,6 +11,9 @@ import pytest
 from trainer.memory import (
     SMOLLM2_135M,
     TINY,
+    Adapter,
+    Forward,
+    MemoryEstimate,
     activation_bytes,
     estimate,
     folder_parameters,
@@ -103,57 +106,100 @@ def test_adapter_weights() -> None:
     assert lora_parameters(SMOLLM2_135M, rank=2, targets=["k_proj"], adapted_layers=1, dora=True) == 2 * 768 + 192
 
 
+def lora(**changed: Any) -> MemoryEstimate:
+    count = lora_parameters(SMOLLM2_135M, rank=8, targets=["all-linear"], adapted_layers=30)
+    adapter = Adapter(rank=8, linears=frozenset(SMOLLM2_135M.linears), layers=30, parameters=count)
+    given = {"method": "lora", "dtype": "bfloat16", "capacity": 1024, "strategy": "single", "adapter": adapter}
+    return estimate(SMOLLM2_135M, **{**given, **changed})
+
+
+def full(**changed: Any) -> MemoryEstimate:
+    given = {"method": "full", "dtype": "float32", "capacity": 1024, "strategy": "single"}
+    return estimate(SMOLLM2_135M, **{**given, **changed})
+
+
+LAYER_LINEARS = SMOLLM2_135M.layer_parameters - 2 * 576
+
+
 def test_full_fine_tuning_costs_sixteen_bytes_per_weight() -> None:
     weights = SMOLLM2_135M.parameters
-    whole = estimate(SMOLLM2_135M, method="full", dtype="float32", capacity=1024, strategy="single")
+    whole = full()
     assert whole.parameters + whole.gradients + whole.optimizer == 16 * weights
-    assert (whole.trainable, whole.total, whole.communication) == (weights, weights, 0)
-    mixed = estimate(SMOLLM2_135M, method="full", dtype="bfloat16", capacity=1024, strategy="ddp")
-    assert mixed.parameters == 4 * weights + 2 * 30 * SMOLLM2_135M.layer_parameters
+    assert (whole.trainable, whole.total, whole.communication, whole.copies) == (weights, weights, 0, 0)
+    mixed = full(dtype="bfloat16", strategy="ddp")
+    assert (mixed.parameters, mixed.copies) == (4 * weights, 2 * 30 * LAYER_LINEARS)
     assert mixed.communication == 4 * weights
-    frozen = estimate(
-        SMOLLM2_135M, method="full", dtype="float32", capacity=1024, strategy="single", frozen_parameters=weights // 2
-    )
-    assert frozen.gradients + frozen.optimizer == 12 * (weights - weights // 2)
+    frozen = full(frozen_layers=10, frozen_embeddings=True)
+    left = weights - 10 * SMOLLM2_135M.layer_parameters - SMOLLM2_135M.embedding_parameters
+    assert frozen.gradients + frozen.optimizer == 12 * left
 
 
 def test_lora_holds_the_base_once_in_the_compute_dtype() -> None:
-    adapter = lora_parameters(SMOLLM2_135M, rank=8, targets=["all-linear"], adapted_layers=30)
-    lora = estimate(
-        SMOLLM2_135M, method="lora", dtype="bfloat16", capacity=1024, strategy="single", adapter_parameters=adapter
-    )
-    assert lora.parameters == 2 * SMOLLM2_135M.parameters + 4 * adapter
-    assert lora.gradients + lora.optimizer == 12 * adapter
-    assert lora.trainable == adapter
-    assert lora.peak == lora.parameters + lora.gradients + lora.optimizer + lora.activations + lora.logits
+    found = lora()
+    assert found.parameters == 2 * SMOLLM2_135M.parameters + 4 * found.trainable
+    assert found.gradients + found.optimizer == 12 * found.trainable
+    assert found.copies == 2 * found.trainable
+
+
+def test_a_base_in_four_bits_costs_its_scales_and_one_matrix_in_the_compute_dtype() -> None:
+    spared = lora().parameters - lora(quantized=True).parameters
+    bits = 16 - (4 + 8 / 64 + 32 / (64 * 256))
+    assert spared == pytest.approx(30 * LAYER_LINEARS * bits / 8 - 2 * 576 * 1536, abs=1)
+
+
+def test_what_adds_up_and_what_takes_turns() -> None:
+    found = full(dtype="bfloat16")
+    always = found.parameters + found.optimizer + found.batches
+    passing = found.copies + found.activations + max(found.logits, found.working)
+    assert found.step == found.peak == always + passing + found.gradients
+    alone = full(dtype="bfloat16", accumulation=1)
+    assert alone.step == always + max(passing, found.gradients + found.working)
+    assert replace(alone, loading=10**12).peak == replace(alone, generating=10**12).peak == 10**12
 
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing() -> None:
-    def bytes_of(tokens: int = 1024, layers: int = 30, checkpointing: bool = False) -> int:
-        return activation_bytes(SMOLLM2_135M, tokens=tokens, size=2, layers=layers, checkpointing=checkpointing)
+    forward = Forward(size=2, residual=4)
 
-    assert bytes_of(2048) == 2 * bytes_of(1024)
-    assert bytes_of(layers=15) == bytes_of() // 2
-    assert bytes_of(checkpointing=True) == 30 * 1024 * 576 * 2 + bytes_of(layers=1)
+    def bytes_of(tokens: int = 1024, layers: int = 30, checkpointing: bool = False) -> tuple[int, int]:
+        return activation_bytes(
+            SMOLLM2_135M, forward, tokens=tokens, trained_layers=layers, checkpointing=checkpointing
+        )
 
-
-def test_only_the_layers_that_the_gradient_passes_keep_activations() -> None:
-    def activations(traversed: int | None) -> int:
-        return estimate(
-            SMOLLM2_135M,
-            method="lora",
-            dtype="bfloat16",
-            capacity=1024,
-            strategy="single",
-            adapter_parameters=1,
-            traversed_layers=traversed,
-        ).activations
-
-    assert activations(15) == activations(None) // 2
+    assert bytes_of(2048)[0] == 2 * bytes_of(1024)[0]
+    positions = 1024 * 2 * 4 * 64
+    assert bytes_of(layers=15)[0] - positions == (bytes_of()[0] - positions) // 2
+    kept, again = bytes_of(checkpointing=True)
+    assert kept == 30 * 1024 * 576 * 4 + positions
+    assert again == (bytes_of()[0] - positions) // 30
 
 
-def test_one_chunk_of_logits_with_its_gradient() -> None:
-    small = estimate(TINY, method="full", dtype="float32", capacity=64, strategy="single", loss_chunk=1024)
-    large = estimate(TINY, method="full", dtype="float32", capacity=4096, strategy="single", loss_chunk=1024)
-    assert small.logits == 2 * 4 * 64 * 2048
-    assert large.logits == 2 * 4 * 1024 * 2048
+def test_only_what_the_gradient_passes_keeps_activations() -> None:
+    every, upper = lora().activations, lora(lowest_layer=15).activations
+    assert upper < 0.51 * every
+    few = Adapter(rank=8, linears=frozenset({"q_proj", "v_proj"}), layers=30, parameters=1)
+    assert lora(adapter=few).activations < every
+    bottom = replace(few, linears=frozenset(SMOLLM2_135M.linears), layers=10)
+    passed = lora(adapter=bottom).activations
+    assert upper < passed < every, "the layers above the adapters are passed, and save less than adapted ones"
+    assert full(frozen_layers=15, frozen_embeddings=True).activations < 0.51 * full().activations
+    assert 0.51 * full().activations < full(frozen_layers=15).activations < full().activations
+
+
+def test_a_compiled_layer_saves_less_and_a_gpu_without_grouped_heads_more() -> None:
+    assert lora(compiled=True).activations < lora().activations
+    assert full(dtype="bfloat16", compiled=True).activations < full(dtype="bfloat16").activations
+    repeated = lora(repeats_keys=True).activations - lora().activations
+    assert repeated == 30 * 1024 * 2 * 2 * (9 - 3) * 64
+    assert lora(repeats_keys=True, device="cpu").activations == lora(device="cpu").activations
+
+
+def test_the_loss_costs_a_chunk_of_logits_and_the_gradient_of_a_trained_output_layer() -> None:
+    def of(capacity: int, **changed: Any) -> int:
+        given = {"method": "full", "dtype": "float32", "strategy": "single", "loss_chunk": 1024}
+        return estimate(TINY, **{**given, "capacity": capacity, **changed}).logits
+
+    around, head = 4 * (2 * 64 + 1 + 2 * 64), 4 * 2048 * 64
+    assert of(64) == 12 * 64 * 2048 + head + 64 * around
+    assert of(4096) == 12 * 1024 * 2048 + 2 * head + 4096 * around, "more than one chunk: their sum as well"
+    assert of(64, compiled=True) == 8 * 64 * 2048 + head + 64 * around
+    assert of(64, frozen_embeddings=True) == 12 * 64 * 2048 + 64 * around

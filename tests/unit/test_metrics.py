@@ -2,6 +2,7 @@
 
 import json
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,64 @@ def test_memory_is_in_units_of_a_thousand_million_bytes() -> None:
     assert held.numel() == 100_000_000
     assert 0.0 <= grown <= 0.6
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 24
+
+
+# -- a disk that fails, and a process that was overtaken -------------------------------------------------------------
+
+
+class FullDisk(FileIO):
+    """A file on a disk that takes ``room`` more bytes and then has no space."""
+
+    room = 0
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]  # bytes are all that is written here
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(bytes(data)[: self.room])
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_lines_wait_in_memory_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    warnings: list[str] = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", warn=warnings.append)
+    metrics.continue_after(0)
+    metrics.append(record(1), {})
+    before = metrics.path.read_bytes()
+    real = Path.open
+    monkeypatch.setattr(FullDisk, "room", room)
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **_: FullDisk(self, "ab") if "a" in mode else real(self, mode)
+    )
+    metrics.append(record(2), {})
+    metrics.append(record(3), {})
+    with pytest.raises(OSError, match="No space left"):
+        metrics.sync()
+    monkeypatch.undo()
+    assert metrics.path.read_bytes() == before, "no half line"
+    assert len(warnings) == 1
+    assert "its lines wait in memory" in warnings[0]
+    metrics.append(record(4), {})
+    assert [line["step"] for line in read(metrics.path)] == [1, 2, 3, 4]
+
+
+def test_a_process_that_was_overtaken_writes_nothing_into_the_new_file(tmp_path: Path) -> None:
+    old, new = MetricsFile(tmp_path / "metrics.jsonl"), MetricsFile(tmp_path / "metrics.jsonl")
+    old.continue_after(0)
+    old.append(record(1), {})
+    new.continue_after(1)
+    with pytest.raises(RunError, match="another process writes the record of this run"):
+        old.append(record(2), {})
+    new.append(record(2, loss=9.0), {})
+    assert [line["loss"] for line in read(new.path)] == [1.5, 9.0]
+
+
+def test_every_line_asks_whether_the_run_is_still_ours(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise RunError("taken over")
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", still_ours=lost)
+    with pytest.raises(RunError, match="taken over"):
+        metrics.append(record(1), {})
+    assert not metrics.path.exists()

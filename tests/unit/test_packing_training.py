@@ -12,7 +12,7 @@ from datasets import Dataset
 from licence_texts import Documents, texts
 from packers import PACKERS, Packer, grouped, log_length_variance, steps_of
 from packing_training import Size, chosen, read_results, study
-from training_report import Result, paired, table
+from training_report import Result, paired, table, verdict
 from trl.data_utils import pack_dataset
 
 CAPACITY = 300
@@ -110,7 +110,7 @@ def test_packers_get_the_same_tokens_steps_and_weights(tmp_path: Path, monkeypat
     assert found[0].tokens <= TINY.tokens
     for other in begun[1:]:
         assert all(torch.equal(begun[0][name], other[name]) for name in other)
-    assert all(result.loss < np.log(50) for result in found), "nothing was learnt"
+    assert all(result.loss < np.log(50) < result.before for result in found), "nothing was learnt"
     assert len({result.loss for result in found}) == 3
 
 
@@ -145,6 +145,7 @@ def result(packer: str, seed: int, loss: float) -> Result:
         steps=1,
         fill=1.0,
         variance=0.5,
+        before=4.0,
         loss=loss,
         by_length={"short": loss},
         held_out=1,
@@ -157,6 +158,33 @@ def test_differences_are_taken_within_a_seed() -> None:
     assert paired(found) == {"bfd": [-0.25, 0.5]}
     assert "rfc is lower in 1 of 2" in table(found)
     assert "-0.2500 +0.5000" in table(found)
+
+
+def test_a_difference_counts_when_chance_seldom_makes_it() -> None:
+    assert verdict([0.1]) == "one seed tells nothing"
+    assert "t = 3.0 of 2 pairs" in verdict([0.1, 0.2])
+    assert "NOT decided" in verdict([0.1, 0.2]), "12.7 is needed"
+    assert verdict([0.10, 0.11, 0.12]).endswith("a difference")
+    assert verdict([-0.10, -0.11, -0.12]).endswith("a difference")
+    assert "NOT decided" in verdict([0.1, -0.1, 0.2, -0.2, 0.1])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_study_ends_with_a_whole_seed_in_the_time_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = 60.0
+
+    def pretended(*given: object, **named: object) -> Result:
+        return replace(result(str(given[4]), int(str(given[5])), 2.0), key=str(named["key"]), seconds=taken)
+
+    monkeypatch.setattr(packing_training, "one_run", pretended)
+    given = {"threads": None, "cache": tmp_path, "results": tmp_path / "results.jsonl"}
+    first = study("scratch", TINY, "cpu", ("rfc", "bfd"), 3, **given, minutes=1.0)  # pyright: ignore[reportArgumentType]
+    assert [(run.packer, run.seed) for run in first] == [("rfc", 0), ("bfd", 0)], "two more runs take two minutes"
+    assert "1 of 3 seeds" in capsys.readouterr().out
+    rest = study("scratch", TINY, "cpu", ("rfc", "bfd"), 3, **given, minutes=2.5)  # pyright: ignore[reportArgumentType]
+    assert len(rest) == 6, "nothing was waited for"
 
 
 def test_texts_are_read_without_front_matter_and_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,8 +15,10 @@ from trainer import prepare as stage
 from trainer.data import tokenized
 from trainer.data.rows import gather_rows
 from trainer.data.scheduling import read_row, row_key, schedule_options
+from trainer.data.timing import cost_ratio
 from trainer.errors import ConfigError, DataError, RunError
 from trainer.markers import is_current, read_marker
+from trainer.memory import folder_shape
 from trainer.paths import RunFolder
 from trainer.plan import load_plan, stage_inputs
 from trainer.samples import EvaluationExample, Prepared
@@ -108,6 +111,44 @@ def test_schedule_and_marker(smoke: tuple[RunFolder, Prepared]) -> None:
     marker = read_marker(folder, "prepare")
     assert marker is not None
     assert marker.summary["train rows"] == 160
+
+
+def by_time(tmp_path: Path, *overrides: str) -> tuple[Prepared, dict[str, Any]]:
+    """Prepared with packs by time for two ranks, and its schedule.json."""
+    given = ("packing.cost=time", "launch.processes=2", *overrides)
+    folder = planned(tmp_path, *own_data(tmp_path), *given)
+    return stage.prepare(folder), json.loads((folder.launch / "schedule.json").read_text())
+
+
+def test_packs_by_time_go_by_the_shape_of_the_model_unless_a_ratio_is_given(tmp_path: Path) -> None:
+    prepared, schedule = by_time(tmp_path)
+    shape = folder_shape(Path(prepared.base.directory))
+    assert shape is not None
+    assert prepared.cost_ratio == cost_ratio(shape, frozen_base=True) > 0
+    assert schedule["by_time"]
+    assert 0 <= schedule["waiting"] < 1
+    prepared, _ = by_time(tmp_path, "packing.cost_ratio=2e-3")
+    assert prepared.cost_ratio == 2e-3
+
+
+def test_a_document_that_takes_longer_than_a_pack_is_said_and_packs_are_dealt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared, schedule = by_time(tmp_path, "packing.cost_ratio=10.0")
+    assert prepared.cost_ratio == 10.0
+    assert not schedule["by_time"]
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"a document of {prepared.train.longest} tokens takes longer than a pack of 256 may" in said
+    assert "packs are filled by tokens, and the packs of a step are dealt to the ranks by time" in said
+
+
+def test_a_model_without_a_known_shape_needs_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "folder_shape", lambda _: None)
+    with pytest.raises(ConfigError, match="the time of a document cannot be told from this architecture") as caught:
+        by_time(tmp_path)
+    assert caught.value.problems[0].where == "packing.cost_ratio"
+    assert "packing.cost=tokens" in caught.value.problems[0].do
+    assert by_time(tmp_path, "packing.cost_ratio=1e-3")[1]["by_time"]
 
 
 def test_every_document_says_where_it_comes_from(smoke: tuple[RunFolder, Prepared]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trainer.errors import RunError, UserError
 from trainer.fingerprint import digest
 from trainer.markers import Marker, write_marker
 from trainer.paths import CHECKOUT, RunFolder
-from trainer.train.checkpoint.format import FileInfo, Manifest, checkpoint_path, file_digest
+from trainer.train.checkpoint.format import FORMAT, FileInfo, Manifest, checkpoint_path, file_digest
 from trainer.train.guard import Best
 from trainer.train.state import TrainState
 
@@ -30,7 +31,7 @@ def checkpoint(folder: RunFolder, step: int, *, best: int) -> Path:
     weights = path / "rank0.safetensors"
     weights.write_bytes(bytes(1000))
     manifest = Manifest(
-        format=1,
+        format=FORMAT,
         step=step,
         identity="0123456789",
         base="b" * 64,
@@ -53,8 +54,8 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def shown(capsys: pytest.CaptureFixture[str], *runs: RunFolder) -> list[list[str]]:
-    assert act(["show", *(str(run.root) for run in runs)], Path.cwd()) == 0
+def shown(capsys: pytest.CaptureFixture[str], *runs: RunFolder, options: Sequence[str] = ()) -> list[list[str]]:
+    assert act(["show", *options, *(str(run.root) for run in runs)], Path.cwd()) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -67,19 +68,34 @@ def test_a_run_shows_stages_curves_scores_and_checkpoints(run: RunFolder, capsys
     assert ["val_loss", "▁", "1.5", "->", "1.5,", "between", "1.5", "and", "1.5"] in lines
     assert ["tokens", "per", "second", "75", "(median", "of", "2", "steps)"] in lines
     assert ["exact_match", "0.0000", "0.5000"] in lines
-    states = {line[0]: line[5:] for line in lines if line and line[0].startswith("step-")}
-    assert states == {
-        "step-00000004": ["whole,", "newest,", "2", "rank(s)"],
-        "step-00000002": ["whole,", "best,", "2", "rank(s)"],
+    found = {line[0]: (line[1], " ".join(line[6:])) for line in lines if line and line[0].startswith("step-")}
+    assert found == {
+        "step-00000004": ("last", "whole, by sizes, 2 rank(s)"),
+        "step-00000002": ("best", "whole, by sizes, 2 rank(s)"),
     }
 
 
 def test_a_damaged_checkpoint_is_named(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     with (checkpoint_path(run.checkpoints, 4) / "rank0.safetensors").open("r+b") as handle:
         handle.write(b"x")
-    words = [" ".join(line) for line in shown(capsys, run)]
+    quick = [" ".join(line) for line in shown(capsys, run)]
+    assert not any("DAMAGED" in line for line in quick), "its size has not changed"
+    assert any(line.startswith("hashes: python -m trainer show --verify") for line in quick)
+    words = [" ".join(line) for line in shown(capsys, run, options=["--verify"])]
     assert any("DAMAGED: rank0.safetensors has other contents than were written" in line for line in words)
-    assert any(line.startswith("step-00000002") and "whole, best" in line for line in words)
+    assert any(line.startswith("step-00000002 best") and "whole, hashes checked" in line for line in words)
+
+
+def test_a_cut_checkpoint_is_seen_at_a_glance(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    with (checkpoint_path(run.checkpoints, 4) / "rank0.safetensors").open("r+b") as handle:
+        handle.truncate(999)
+    words = [" ".join(line) for line in shown(capsys, run)]
+    assert any("DAMAGED: rank0.safetensors has 999 of 1000 bytes" in line for line in words)
+
+
+def test_checking_hashes_belongs_to_show(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="--verify belongs to show"):
+        act(["train", "--verify", str(run.root)], Path.cwd())
 
 
 def test_a_run_that_is_being_worked_on_says_by_whom(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

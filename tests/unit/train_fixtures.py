@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, get_context
@@ -40,13 +41,17 @@ from trainer.model.adapters import (
 from trainer.model.attention import IMPLEMENTATION, register
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import torch_dtype
-from trainer.train.checkpoint.publish import retain, save
+from trainer.train.checkpoint.behind import Saver
+from trainer.train.checkpoint.fence import claim_together
+from trainer.train.checkpoint.format import Checkpoint
+from trainer.train.checkpoint.publish import retain
 from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
-from trainer.train.guard import Judge, StopFlag
+from trainer.train.guard import FaultPolicy, Judge, NonFiniteAction, StopFlag
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule, make_optimizer
 from trainer.train.state import TrainState
+from trainer.train.watchdog import Watchdog
 from trainer_kernels import ArenaWriter, Schedule, TokenArena
 from trainer_launch.zero import Stage, ZeroSpec
 
@@ -215,7 +220,10 @@ def zero_spec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded."""
+    """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded.
+
+    ``stop_at``, ``pause_at``: SIGTERM, SIGSTOP to one rank there; ``poison_at``: its loss is not a number there.
+    """
 
     folder: str
     lora: bool = False
@@ -244,6 +252,11 @@ class Run:
     stop_rank: int = 0
     poison_at: int = 0
     poison_rank: int = 0
+    nonfinite: NonFiniteAction = "stop"
+    asynchronous: bool = True
+    pause_at: int = 0
+    pause_rank: int = 0
+    hang_timeout: float = 0.0
 
 
 def train_run(
@@ -269,13 +282,18 @@ def train_run(
         keep_whole_below=run.keep_whole_below,
         offload=run.offload,
     )
-    found = find_agreed(
-        ranks,
-        folder / "checkpoints",
-        lambda: find_resumable(folder / "checkpoints", identity=IDENTITY, base=BASE, warn=warnings.append),
-    )
+    fence = claim_together(ranks, folder / "checkpoints")
+
+    def newest() -> Checkpoint | None:
+        return find_agreed(
+            ranks,
+            folder / "checkpoints",
+            lambda: find_resumable(folder / "checkpoints", identity=IDENTITY, base=BASE, warn=warnings.append),
+        )
+
+    found = newest()
     state = TrainState() if found is None else load(strategy, found)
-    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics = MetricsFile(folder / "metrics.jsonl", still_ours=fence.check, warn=warnings.append)
     if ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
     stop = StopFlag()
@@ -298,22 +316,39 @@ def train_run(
         if ranks.is_first:
             metrics.append(step, figures)
 
-    def save_state(state: TrainState) -> None:
-        save(strategy, folder / "checkpoints", state, identity=IDENTITY, base=BASE)
-        if ranks.is_first:
-            verified.add(state.step)
-            retain(folder / "checkpoints", keep=run.keep, best=state.best.step, verified=verified)
+    def delete_old(state: TrainState) -> None:
+        verified.add(state.step)
+        retain(fence, keep=run.keep, best=state.best.step, verified=verified)
+
+    saver = Saver(
+        strategy,
+        fence,
+        ranks.aside() if run.asynchronous else None,
+        identity=IDENTITY,
+        base=BASE,
+        before=metrics.sync,
+        after=delete_old,
+        warn=warnings.append,
+    )
+
+    def roll_back() -> TrainState | None:
+        saver.finish()
+        older = newest()
+        return None if older is None else load(strategy, older)
 
     calls = iter(range(state.step * (run.packs // run.world_size), 10**9))
 
     def interfere(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         if not strategy.inner.training:
             return output
-        step = next(calls) // (run.packs // run.world_size) + 1
+        step, micro = divmod(next(calls), run.packs // run.world_size)
+        step += 1
         if step == run.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == run.stop_at and ranks.rank == run.stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == run.pause_at and micro == 0 and ranks.rank == run.pause_rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if step == run.poison_at and ranks.rank == run.poison_rank:
             return output * float("nan")
         return output
@@ -326,10 +361,27 @@ def train_run(
         validate_every=run.validate_every,
         save_every=run.validate_every,
         judge=Judge(metric=run.metric, patience=run.patience, min_improvement=run.min_improvement),
+        policy=FaultPolicy(nonfinite=run.nonfinite),
     )
-    hooks = Hooks(validate=validate, save=save_state, record=record, warn=warnings.append)
-    with stop:
-        state = train(strategy, source, settings, hooks, state, stop)
+    watchdog = Watchdog(folder / "signs", ranks.rank, ranks.world_size, timeout=run.hang_timeout)
+
+    def boundary(phase: str, step: int) -> None:
+        watchdog.enter(phase, step)
+        saver.check()
+
+    hooks = Hooks(
+        validate=validate,
+        save=lambda state, required: saver.save(state, required=required),
+        record=record,
+        warn=warnings.append,
+        boundary=boundary,
+        rollback=roll_back,
+    )
+    with stop, watchdog.watching() if run.hang_timeout else nullcontext():
+        try:
+            state = train(strategy, source, settings, hooks, state, stop)
+        finally:
+            saver.leave()
     return strategy, state, warnings
 
 
@@ -383,6 +435,14 @@ def start_calls(call: Callable[[Ranks], None], folder: Path, world_size: int, *,
         process.start()
         started.append(Rank(process, log))
     return started
+
+
+def wait_until_paused(rank: Rank) -> None:
+    """Wait until a started rank has been stopped (SIGSTOP); its end counts as a failure."""
+    stat = Path(f"/proc/{rank.process.pid}/stat")
+    while stat.read_text().rpartition(") ")[2][0] != "T":
+        rank.process.join(0.02)
+        assert rank.process.exitcode is None, rank.log.read_text()
 
 
 def finish(ranks: Sequence[Rank]) -> list[tuple[int, str]]:

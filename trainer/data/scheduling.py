@@ -71,7 +71,7 @@ def schedule_options(plan: RunPlan, *, cost_ratio: float) -> ScheduleOptions:
     """The options of a run; ``cost_ratio`` is what ``prepare`` decided (``Prepared.cost_ratio``)."""
     packing, optim = plan.config.packing, plan.config.optim
     return ScheduleOptions(
-        capacity=packing.capacity,
+        capacity=packing.tokens,
         algorithm=packing.algorithm,
         max_documents=packing.max_documents,
         seed=plan.config.run.seed,

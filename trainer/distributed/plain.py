@@ -71,6 +71,12 @@ class Plain(Prepared):
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        """Clear the gradients; the scaler, which ``clip`` has told of them, ends the step as well."""
+        if self._scaler.is_enabled():
+            self._scaler.update()
+        super().discard()
+
     def fragments(self, *, saving: bool) -> Iterator[Fragment]:
         """Whole parameters: rank 0 writes them, every rank reads them."""
         if saving and not self.ranks.is_first:
@@ -88,7 +94,8 @@ class Plain(Prepared):
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         """Continue with the loss scale of a checkpoint; one written in another dtype has none, and ours stays."""
         if state and self._scaler.is_enabled():
-            self._scaler.load_state_dict(dict(state))
+            counts = {name: int(state[name]) for name in ("growth_interval", "_growth_tracker")}
+            self._scaler.load_state_dict({**state, **counts})
 
     def refresh(self) -> None:
         """Nothing: the forward pass reads the fragments themselves."""

@@ -62,6 +62,10 @@ class Prepared:
         """Never, unless there is a loss scale."""
         return False
 
+    def discard(self) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def scaler_state(self) -> dict[str, float]:
         """There is no loss scale."""
         return {}

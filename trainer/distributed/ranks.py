@@ -11,7 +11,8 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ T = TypeVar("T")
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer than this for the others gives up; publishing a large checkpoint has to fit in."""
+
+RECORDED_COLLECTIVES = 2000
+"""The last collectives of a rank that NCCL's flight recorder remembers."""
 
 ENVIRONMENT = os.environ  # noqa: TID251  (this is the one place of the trainer that reads it)
 
@@ -126,10 +130,52 @@ class Ranks:
                 do="check that all machines see the same run folder, the same code and the same packages",
             )
 
+    def aside(self) -> "Aside":
+        """A second channel between the same ranks; called by all of them."""
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if self.world_size > 1 else None
+        return Aside(self.rank, self.world_size, cast(dist.ProcessGroup | None, group))
+
     def close(self) -> None:
         """Leave the group; call it last."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A channel for one thread beside the training: what it agrees on never mixes with the loop's collectives."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+
+    def gather(self, value: T) -> list[T]:
+        """As ``Ranks.gather``."""
+        if self.group is None:
+            return [value]
+        gathered: list[T] = [value] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+
+def nccl_variables(traces: Path | None) -> dict[str, str]:
+    """Environment of a rank on GPUs: a hang ends it, and NCCL's flight recorder says which collective it was.
+
+    ``traces``: folder of the recorder's files, one per rank, written when the group's timeout has run out. What the
+    user has set stays.
+    """
+    # torch renamed some of them; it reads either name.
+    variables = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_ENABLE_MONITORING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+        "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+    }
+    if traces is not None:
+        prefix = str(traces / "nccl_trace_rank")  # followed by the number of the rank
+        variables |= {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix, "TORCH_FR_DUMP_TEMP_FILE": prefix}
+    return variables
 
 
 def start_ranks(
@@ -138,6 +184,7 @@ def start_ranks(
     world_size: int,
     threads: int | None = None,
     meet_seconds: float = MEET_SECONDS,
+    traces: Path | None = None,
 ) -> Ranks:
     """Join the group of ranks, and check that it is the one that was planned.
 
@@ -146,6 +193,7 @@ def start_ranks(
         world_size: ranks of the plan.
         threads: CPU threads of this rank; None leaves them alone.
         meet_seconds: how long to wait for ranks that are missing, and again for a first sum over all of them.
+        traces: where NCCL's flight recorder writes.
 
     Raises:
         RunError: started with another number of processes, the device is not there, ranks are missing (named) or have
@@ -176,6 +224,8 @@ def start_ranks(
         # Our own call, because accelerate forgets the timeout on the CPU.
         if device == "cuda":
             torch.cuda.set_device(launched.local_rank)
+            for name, value in nccl_variables(traces).items():
+                ENVIRONMENT.setdefault(name, value)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         store = meet(meeting_point(ENVIRONMENT), launched.rank, world_size, seconds=meet_seconds)
         with no_longer_than(meet_seconds, launched.rank):

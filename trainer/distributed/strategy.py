@@ -84,6 +84,10 @@ class Strategy(Protocol):
         """Apply the gradients and clear them; float16 skips the update and lowers the scale after an overflow."""
         ...
 
+    def discard(self) -> None:
+        """Take no step: clear the gradients and leave weights and optimizer as they are. All ranks alike."""
+        ...
+
     def fragments(self, *, saving: bool) -> Iterator[Fragment]:
         """What this rank has to write (``saving``) or to fill; all ranks' written parts cover every parameter once."""
         ...

@@ -84,6 +84,14 @@ class Zero(Prepared, ABC):
         """Optimizer step on this rank's part; weights are gathered from all ranks where they are whole on each."""
         prepared(self._engine).step()
 
+    def discard(self) -> None:
+        """A step of the engine in which AdamW does nothing: gradients, buffers and counters are cleared as always."""
+        self.optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]  # for this one step
+        try:
+            prepared(self._engine).step()
+        finally:
+            del self.optimizer.step
+
     def fragments(self, *, saving: bool) -> Iterator[Fragment]:
         """This rank's part of every parameter of which it owns one."""
         for name, parameter in self._trainable.items():

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from trainer import console
+from trainer.console import gigabytes
 from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk, read_scores
-from trainer.drive.space import gigabytes
+from trainer.fitting import Considered, components
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.memory import MemoryEstimate
 from trainer.paths import RunFolder
-from trainer.plan import RunPlan, estimate_memory
+from trainer.plan import RunPlan, estimate_memory, layout_of
 
 WORTH_A_WORD = 0.01
 """From this share of lost time on, the plan says what can be done about it."""
@@ -29,6 +30,7 @@ def show_plan(
 ) -> None:
     """What ``plan`` prints: devices, layout, data, packs, steps, and what each stage will do."""
     console.table(["", ""], [list(row) for row in plan_rows(plan, prepared, schedule)], title="Plan")
+    show_layouts(plan)
     splits = [("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test)]
     console.table(["split", *COUNTED], [split_row(name, split) for name, split in splits], title="Data")
     for dropped in prepared.dropped:
@@ -36,6 +38,43 @@ def show_plan(
     if prepared.truncated:
         console.warn(f"{prepared.truncated} documents were cut to the capacity")
     console.table(["stage", "what happens"], stage_rows(folder, todo), title="Stages")
+
+
+def show_imagined(plan: RunPlan) -> None:
+    """What ``plan`` prints for GPUs that are not here: nothing of the data, which is prepared where they are."""
+    memory = memory_text(estimate_memory(plan))
+    rows = [*devices_rows(plan), ("memory of a rank", memory), *capacity_rows(plan)]
+    console.table(["", ""], [list(row) for row in rows], title="Plan for GPUs that this machine does not have")
+    show_layouts(plan)
+    console.note("data, packs and steps are planned on the machine itself, by the same command without these fields")
+
+
+def show_layouts(plan: RunPlan) -> None:
+    """The layouts that were looked at, fastest first, where there was a choice."""
+    if len(plan.considered) > 1:
+        columns = ["layout, fastest first", "needs", "there is", ""]
+        console.table(columns, [layout_row(entry) for entry in plan.considered], title="Layouts")
+
+
+def layout_row(entry: Considered) -> list[str]:
+    """One layout with its estimate against the memory, and why it was not taken."""
+    return [entry.label, gigabytes(entry.needed), gigabytes(entry.room), entry.why_not or "taken"]
+
+
+def devices_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Where the ranks are, and how they share the work."""
+    reserve = "" if plan.config.parallel.name != "auto" else f" less {plan.config.parallel.memory_reserve:.0%} reserve"
+    rows = [("devices", f"{plan.world_size} x {plan.device}, {plan.threads} threads each, {plan.strategy}")]
+    if plan.considered:
+        rows.append(("layout", f"{layout_of(plan).label}; {gigabytes(plan.considered[-1].room)} there{reserve}"))
+    return rows
+
+
+def capacity_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """How large a pack is, where the plan chose it."""
+    if not plan.capacity_reason:
+        return []
+    return [("capacity", f"{plan.config.packing.tokens:,} tokens: {plan.capacity_reason}")]
 
 
 def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> list[tuple[str, str]]:
@@ -46,20 +85,30 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         ("run", f"{plan.name}/{plan.identity}"),
         ("model", f"{prepared.base.name}, {prepared.base.parameters:,} parameters"),
         ("method", f"{config.method.name}" + (f", rank {config.method.rank}" if config.method.name == "lora" else "")),
-        ("devices", f"{plan.world_size} x {plan.device}, {plan.threads} threads each, {plan.strategy}"),
+        *devices_rows(plan),
         ("dtype", f"{prepared.dtype} ({prepared.dtype_reason})"),
-        ("global batch", f"{batch} of {config.packing.capacity} tokens"),
+        ("global batch", f"{batch} of {config.packing.tokens} tokens"),
+        *capacity_rows(plan),
         ("packs", f"{schedule.packs:,} in an epoch, {100 * schedule.fill:.1f} % filled"),
         ("steps", f"{schedule.steps:,} ({schedule.steps_per_epoch:.1f} in an epoch)"),
         ("tokens per step", f"{schedule.tokens_per_step:,.0f}"),
-        *([] if schedule.waiting is None else [("waiting", waiting_text(schedule.waiting, schedule.by_time))]),
+        *(
+            []
+            if schedule.waiting is None
+            else [("waiting", waiting_text(schedule.waiting, config.packing.cost, schedule.by_time))]
+        ),
         ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
     ]
 
 
-def waiting_text(share: float, by_time: bool) -> str:
-    """What ranks lose to the slowest one, and what to do about it where it is much."""
-    advice = "" if by_time or share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
+def waiting_text(share: float, cost: str, by_time: bool) -> str:
+    """What ranks lose to the slowest one under ``packing.cost``, and what to do about it where it is much.
+
+    ``by_time``: packs are filled by time.
+    """
+    advice = "" if share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
+    if cost == "time":
+        advice = "" if by_time else "; packs of a step are dealt by time: a document takes longer than a pack may"
     return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
 
 
@@ -67,18 +116,10 @@ def memory_text(memory: MemoryEstimate | None) -> str:
     """The estimate and its parts, or that there is none for this architecture."""
     if memory is None:
         return "unknown for this architecture"
-    parts = [
-        ("weights", memory.parameters),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("activations", memory.activations),
-        ("logits", memory.logits),
-        ("communication", memory.communication),
-    ]
     times = [("the whole model before it is cut", memory.loading), ("generating answers", memory.generating)]
     return (
         f"about {gigabytes(memory.step)}: "
-        + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts if size)
+        + ", ".join(f"{name} {gigabytes(size)}" for name, size in components(memory) if size)
         + "".join(f"; {name} {gigabytes(size)}" for name, size in times if size)
     )
 

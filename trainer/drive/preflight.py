@@ -24,7 +24,7 @@ from trainer_launch.meeting import Hello, token_digest
 
 COMPUTE = ("torch", "transformers", "accelerate", "deepspeed", "peft", "numpy", "numba", "safetensors")
 """Packages whose version changes what ranks compute or how they talk."""
-OWN = ("threads",)
+OWN = ("threads", "machine", "considered")
 """What of a plan each machine may have its own way."""
 SEEN_SECONDS = 20.0
 """Network file systems show a new file to other machines after a while."""

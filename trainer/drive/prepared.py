@@ -11,8 +11,9 @@ from typing import TypeVar
 import msgspec
 
 from trainer.errors import RunError
+from trainer.memory import folder_shape
 from trainer.paths import RunFolder
-from trainer.plan import RunPlan
+from trainer.plan import RunPlan, fitted
 
 T = TypeVar("T")
 
@@ -89,6 +90,15 @@ def on_disk(plan: RunPlan, prepared: PreparedView) -> RunPlan:
     """Return ``plan`` with the folder that the base model turned out to be: for what is read off its files."""
     model = replace(plan.config.model, path=prepared.base.directory, revision=None)
     return replace(plan, config=replace(plan.config, model=model))
+
+
+def settled(plan: RunPlan, prepared: PreparedView) -> RunPlan:
+    """Return ``plan`` with the layout for the model that is on disk now, in the dtype that was decided.
+
+    Raises:
+        ConfigError: nothing fits into the memory.
+    """
+    return fitted(plan, folder_shape(Path(prepared.base.directory)), prepared.dtype)
 
 
 def read_prepared(folder: RunFolder) -> PreparedView:

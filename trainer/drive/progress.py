@@ -6,13 +6,12 @@ Slurm job notes what there is when it begins.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder, write_atomic
-from trainer.train.checkpoint.format import DamagedCheckpoint, published, read_manifest
+from trainer.train.checkpoint.format import DamagedCheckpoint, published, verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +35,16 @@ def progress_of(folder: RunFolder) -> str:
     Manifests and the sizes of files are looked at; a resume reads every byte.
     """
     finished = [marker.finished for stage in STAGES if (marker := read_marker(folder, stage)) is not None]
-    newest = next((path for path in reversed(published(folder.checkpoints)) if _is_whole(path)), None)
-    digest = "none" if newest is None else f"{newest.name} {read_manifest(newest).sha256[:12]}"
-    return f"checkpoint {digest}; {len(finished)} stages, the last at {max(finished, default='-')}"
+    return f"checkpoint {_newest_whole(folder)}; {len(finished)} stages, the last at {max(finished, default='-')}"
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        files = read_manifest(path).files
-        return all((path / name).stat().st_size == info.bytes for name, info in files.items())
-    except (DamagedCheckpoint, OSError):
-        return False
+def _newest_whole(folder: RunFolder) -> str:
+    for path in reversed(published(folder.checkpoints)):
+        try:
+            return f"{path.name} {verify(path, contents=False).sha256[:12]}"
+        except DamagedCheckpoint:
+            continue
+    return "none"
 
 
 def stalls(starts: Sequence[Start], progress: str) -> int:

@@ -15,15 +15,17 @@ from trainer.drive.environment import usable_cores
 from trainer.drive.folder import make_folder, require_same_identity, write_inputs
 from trainer.drive.lock import hold
 from trainer.drive.machines import Typed, chaired, find_place, follow, start_all
-from trainer.drive.overview import show_end, show_plan, show_start
-from trainer.drive.prepared import read_prepared, read_schedule
+from trainer.drive.overview import show_end, show_imagined, show_plan, show_start
+from trainer.drive.prepared import read_prepared, read_schedule, settled
 from trainer.drive.stages import DriverJob, Programs, launch_spec, mark_done, pending, run_stages
 from trainer.drive.submit import devices_of_job, submit_run
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
+from trainer.imagined import imagined
 from trainer.markers import BY_RANKS, STAGES, read_marker
 from trainer.paths import RunFolder
 from trainer.plan import Devices, RunPlan, load_plan, make_plan
 from trainer_launch.devices import visible_gpus
+from trainer_launch.room import gpu_memory, has_c_compiler, main_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,10 @@ def do_new(
     Raises:
         TrimtabError: everything that stops a run before or after its processes.
     """
+    elsewhere = imagined(config, _devices(config)) if verb == "plan" else None
+    if elsewhere is not None:
+        show_imagined(make_plan(config, devices=elsewhere, cwd=cwd))
+        return EXIT_DONE
     return _do_here(verb, config, Typed(command, tuple(words), node_rank, cwd), programs)
 
 
@@ -159,7 +165,8 @@ def _left_to_do(verb: str, plan: RunPlan, folder: RunFolder) -> list[str]:
 def _finish(verb: str, plan: RunPlan, folder: RunFolder, *, was_done: bool) -> None:
     left = pending(plan, folder, STAGES)
     if verb == "plan":
-        show_plan(plan, folder, read_prepared(folder), read_schedule(folder), left)
+        prepared = read_prepared(folder)
+        show_plan(settled(plan, prepared), folder, prepared, read_schedule(folder), left)
         return
     if not left and not folder.done.exists():
         mark_done(folder, plan.identity)
@@ -217,8 +224,12 @@ def _assumed_devices(config: Config) -> Devices:
 
 
 def _devices(config: Config) -> Devices:
+    gpus = 0 if config.launch.device == "cpu" else visible_gpus()
     return Devices(
-        gpus=0 if config.launch.device == "cpu" else visible_gpus(),
+        gpus=gpus,
         cores=usable_cores(),
         deepspeed=find_spec("deepspeed") is not None,
+        gpu_memory=gpu_memory() if gpus else None,
+        main_memory=main_memory(),
+        compiles=not gpus or (find_spec("triton") is not None and has_c_compiler()),
     )

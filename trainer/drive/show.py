@@ -1,7 +1,7 @@
 """``python -m trainer show RUN ...``: how a run stands, or how several differ, from the files that it left.
 
 Nothing is computed, locked or changed, so a run can be looked at while it trains, on a login node too. Checkpoints are
-read whole and compared with their manifests: a list of checkpoints that may be broken is of no use to anybody.
+compared with their manifests, by names and sizes; ``--verify`` reads every byte of them, as a resume does.
 """
 
 import statistics
@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 
 from trainer import console
+from trainer.console import gigabytes
 from trainer.drive.lock import holder_of
 from trainer.drive.overview import comparison, time_rows
 from trainer.drive.prepared import read_scores
 from trainer.drive.queue import job_lines
-from trainer.drive.space import gigabytes
 from trainer.errors import RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
@@ -39,20 +39,20 @@ class Curve:
     values: list[float]
 
 
-def show_runs(runs: Sequence[Path]) -> None:
-    """Print one run in full, or several side by side.
+def show_runs(runs: Sequence[Path], *, contents: bool = False) -> None:
+    """Print one run in full, or several side by side. ``contents``: read every byte of the checkpoints.
 
     Raises:
         RunError: a plan or a record of steps cannot be understood.
     """
     folders = [RunFolder(run.resolve()) for run in runs]
     if len(folders) == 1:
-        show_run(folders[0])
+        show_run(folders[0], contents=contents)
     else:
         show_side_by_side(folders)
 
 
-def show_run(folder: RunFolder) -> None:
+def show_run(folder: RunFolder, *, contents: bool = False) -> None:
     """State, stages, curves, throughput, scores and checkpoints of one run."""
     plan, records = _plan(folder), read_records(folder.metrics_jsonl)
     console.say(f"run {plan.name}/{plan.identity} in {folder.root}: {state_of(folder, records)}")
@@ -64,9 +64,11 @@ def show_run(folder: RunFolder) -> None:
     rows = comparison(folder)
     if rows:
         console.table(["on the test split", "before", "after"], rows, title="Result")
-    rows = checkpoint_rows(folder)
+    rows = checkpoint_rows(folder, plan, contents=contents)
     if rows:
-        console.table(["checkpoint", "size", "written (UTC)", "state"], rows, title="Checkpoints")
+        console.table(["checkpoint", "kind", "size", "written (UTC)", "state"], rows, title="Checkpoints")
+        if not contents:
+            console.note(f"hashes: python -m trainer show --verify {folder.root}")
 
 
 def show_side_by_side(folders: Sequence[RunFolder]) -> None:
@@ -191,26 +193,31 @@ def time_shares(records: Sequence[Mapping[str, object]]) -> str:
     return f"{whole / len(records):.3g} s on average: {shares}"
 
 
-def checkpoint_rows(folder: RunFolder) -> list[list[str]]:
-    """Every published checkpoint, newest first: its size, its age, and whether it is what was written."""
+def checkpoint_rows(folder: RunFolder, plan: RunPlan, *, contents: bool) -> list[list[str]]:
+    """Every published checkpoint, newest first: why it is kept, its size, its age, whether it is what was written."""
     paths = published(folder.checkpoints)
     best = _best_step(folder)
-    return [[path.name, *_checkpoint(path, newest=path == paths[0], best=best)] for path in paths]
+    every = plan.config.checkpoint.every
+    rows: list[list[str]] = []
+    for path in paths:
+        step = int(path.name.removeprefix("step-"))
+        kinds = ["last"] if path == paths[0] else []
+        kinds += ["best"] if step == best else []
+        kinds += [f"every {every}"] if every and step % every == 0 else []
+        rows.append([path.name, ", ".join(kinds) or "-", *_checkpoint(path, contents=contents)])
+    return rows
 
 
-def _checkpoint(path: Path, *, newest: bool, best: int | None) -> list[str]:
+def _checkpoint(path: Path, *, contents: bool) -> list[str]:
     files = [file for file in path.iterdir() if file.is_file()]
     size = gigabytes(sum(file.stat().st_size for file in files))
     written = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S")
     try:
-        manifest = verify(path)
+        manifest = verify(path, contents=contents)
     except DamagedCheckpoint as fault:
         return [size, written, f"DAMAGED: {fault.problems[0].got}"]
-    words = ["whole"]
-    words += ["newest"] if newest else []
-    words += ["best"] if manifest.step == best else []
-    words.append(f"{manifest.world_size} rank(s)")
-    return [size, written, ", ".join(words)]
+    state = "whole, hashes checked" if contents else "whole, by sizes"
+    return [size, written, f"{state}, {manifest.world_size} rank(s)"]
 
 
 def _best_step(folder: RunFolder) -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from trainer.console import gigabytes
 from trainer.errors import RunError
 
 STATE_BYTES = 12
@@ -100,14 +101,6 @@ def require_space(folder: Path, need: Need, *, free_bytes: Callable[[Path], int]
         do="free some space, set run.root (or run.dir) to another disk, or write less: checkpoint.keep=1, "
         "export.merged=false",
     )
-
-
-def gigabytes(count: int) -> str:
-    """``count`` bytes for people, in decimal units: GB, below one MB, below one kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _free(folder: Path) -> int:

@@ -5,6 +5,7 @@ A stage is done when its marker names the digest of its present inputs (``marker
 process that ends well without leaving its markers is an error: nothing is taken as done on trust.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer import console
-from trainer.drive.prepared import is_still_there, on_disk, read_prepared
+from trainer.drive.folder import write_inputs
+from trainer.drive.prepared import is_still_there, on_disk, read_prepared, settled
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
-from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
+from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, is_current
 from trainer.paths import RunFolder, write_atomic
-from trainer.plan import RunPlan, estimate_memory, stage_inputs
+from trainer.plan import RunPlan, estimate_memory, layout_of, stage_inputs
 from trainer_launch.chair import Chair
 from trainer_launch.children import Child
 from trainer_launch.command import THREADS
@@ -30,6 +32,8 @@ from trainer_launch.verdict import NodeResult
 
 NEED_PREPARED = (*BY_RANKS, "verify")
 TAIL_LINES = 15
+KILLED = 128 + signal.SIGKILL
+"""A rank was killed from outside: out of memory, a machine that goes down, a person."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,7 @@ def run_stages(job: DriverJob, wanted: Sequence[str]) -> int:
     """Do what is pending of ``wanted``; gives the exit code of the first process that did not end well, else 0.
 
     Raises:
+        ConfigError: no layout fits into the memory.
         RunError: no space for what the ranks will write.
         TrainingFault: a process ended well without leaving its markers.
     """
@@ -82,6 +87,7 @@ def run_stages(job: DriverJob, wanted: Sequence[str]) -> int:
             return code
     by_ranks = [stage for stage in pending(job.plan, job.folder, wanted) if stage in BY_RANKS]
     if by_ranks:
+        job = _settle(job)
         _require_space_for(job, by_ranks)
         code = _run_by_ranks(job, by_ranks)
         if code != EXIT_DONE:
@@ -154,6 +160,10 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
+    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
+        console.error(result.cause)
+        console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
+        return EXIT_STOPPED
     if result.shown and result.exit_code == EXIT_USER:
         return EXIT_USER  # the process has said what is wrong and what to do
     if result.log and not result.shown:
@@ -173,6 +183,17 @@ def _require_markers(job: DriverJob, stages: Sequence[str]) -> None:
             allowed="a marker of every finished stage",
             do=f"look into {job.folder.logs} and report it: this is a defect of the program",
         )
+
+
+def _settle(job: DriverJob) -> DriverJob:
+    """Choose the layout for the model that is on disk now, and tell the ranks if it is another one than planned."""
+    plan = settled(job.plan, read_prepared(job.folder))
+    if plan == job.plan:
+        return job
+    write_inputs(job.folder, plan)
+    if layout_of(plan) != layout_of(job.plan):
+        console.note(f"layout: {layout_of(plan).label}")
+    return replace(job, plan=plan)
 
 
 def _require_space_for(job: DriverJob, stages: Sequence[str]) -> None:

@@ -203,7 +203,7 @@ def training(lineage: Lineage) -> str:
         ["optimizer", f"AdamW, betas {optim.betas[0]:g} and {optim.betas[1]:g}, weight decay {optim.weight_decay:g}"],
         ["learning rate", f"{optim.lr:g}, {optim.schedule}, warm-up {optim.warmup:.0%} of the steps"],
         ["steps", f"{record.steps:,} ({record.epochs:.2f} epochs, {record.tokens:,} tokens)"],
-        ["packing", f"{config.packing.capacity:,} tokens per pack, documents isolated, `{config.packing.algorithm}`"],
+        ["packing", f"{config.packing.tokens:,} tokens per pack, documents isolated, `{config.packing.algorithm}`"],
         ["compute dtype", f"{lineage.dtype} ({escape(lineage.dtype_reason)})"],
         ["processes", f"{lineage.world_size} ({lineage.strategy})"],
         ["seed", str(config.run.seed)],

@@ -5,7 +5,6 @@ and serves all. What varies between micro-batches (embedding, loss over the lear
 has other shapes at every token: it runs the same layers uncompiled, see ``without_compiling``.
 """
 
-import shutil
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
@@ -14,8 +13,8 @@ from torch import nn
 
 from trainer.errors import ModelError
 from trainer.model.adapters import decoder_layer_modules, inner_model
+from trainer_launch.room import C_COMPILERS, has_c_compiler
 
-COMPILERS = ("cc", "gcc", "clang")
 VARIANTS = 32
 """A layer is compiled again for layers with and without adapters, with and without gradients, in training and
 evaluation; after 8, torch's own limit, it would quietly stop compiling."""
@@ -36,8 +35,8 @@ def cannot_compile(device: torch.device, strategy: str) -> str | None:
         return "zero3 gathers the weights of a layer piece by piece while it runs"
     if device.type == "cuda" and find_spec("triton") is None:
         return "the package triton is not installed"
-    if not any(shutil.which(name) for name in COMPILERS):
-        return f"there is no C compiler ({', '.join(COMPILERS)})"
+    if not has_c_compiler():
+        return f"there is no C compiler ({', '.join(C_COMPILERS)})"
     return None
 
 

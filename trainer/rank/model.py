@@ -70,7 +70,7 @@ def packed_loss(job: Job, model: nn.Module, logits_via: LogitsVia, *, compiled: 
     config, vocabulary = job.plan.config, inner_model(model).config.get_text_config().vocab_size
     return PackedLoss(
         model,
-        chunk=loss_chunk(job.plan.strategy, job.plan.device, config.packing.capacity, vocabulary),
+        chunk=loss_chunk(job.plan.strategy, job.plan.device, config.packing.tokens, vocabulary),
         logits_via=logits_via,
         compute_dtype=job.compute_dtype,
         neftune_alpha=config.optim.neftune_alpha,
@@ -89,7 +89,7 @@ def trained_loss(job: Job, model: nn.Module, logits_via: LogitsVia) -> PackedLos
 def make_trainable(job: Job, model: nn.Module) -> nn.Module:
     """Adapters on a frozen base, or the base itself less what is frozen."""
     trained = _with_adapters(job, model)
-    if job.plan.config.model.activation_checkpointing:
+    if job.plan.checkpointing:
         enable_activation_checkpointing(trained)
     mine, every = count_parameters(trained)
     job.say(f"training {mine:,} of {every:,} parameters ({100 * mine / every:.2f} %)")
@@ -123,7 +123,7 @@ def _with_adapters(job: Job, model: nn.Module) -> nn.Module:
 
 def planned_strategy(job: Job, loss: PackedLoss) -> Strategy:
     """The strategy of the plan around ``loss``, prepared."""
-    parallel = job.plan.config.parallel
+    parallel = job.plan.parallel
     sharding = None
     if job.plan.strategy == "fsdp":
         sharding = Sharding(

@@ -62,7 +62,7 @@ def measure_loss(job: Job, loss: PackedLoss, split: SplitInfo | None) -> HeldOut
         raise RunError("there is no such split to measure", got="none", do="give data.validation and data.test")
     batches = held_out_batches(
         open_arena(split),
-        capacity=job.plan.config.packing.capacity,
+        capacity=job.plan.config.packing.tokens,
         rank=job.ranks.rank,
         world_size=job.ranks.world_size,
         device=job.ranks.device,

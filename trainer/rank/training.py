@@ -1,6 +1,7 @@
 """The stage ``train`` of a rank: the config's numbers, the data and the files around the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -21,14 +22,17 @@ from trainer.model.loss import PackedLoss
 from trainer.rank.job import Job, Summary, open_arena, read_examples
 from trainer.rank.testing import answer, measure_loss
 from trainer.samples import SplitInfo
+from trainer.train.checkpoint.behind import Saver
+from trainer.train.checkpoint.fence import Fence, claim_together
 from trainer.train.checkpoint.format import Checkpoint, DamagedCheckpoint, checkpoint_path, verify
-from trainer.train.checkpoint.publish import retain, save
+from trainer.train.checkpoint.publish import retain
 from trainer.train.checkpoint.resume import find_agreed, find_resumable, load
-from trainer.train.guard import Judge
+from trainer.train.guard import FaultPolicy, Judge
 from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule
 from trainer.train.state import TrainState
+from trainer.train.watchdog import Watchdog, clear_signs
 
 VALIDATIONS = 10
 """About so many validations in a run whose config does not say how often."""
@@ -39,24 +43,41 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
     source = training_batches(job)
     source.check()
     settings = loop_settings(job, source.num_steps)
+    fence = claim_together(job.ranks, job.folder.checkpoints)
     found = find_agreed(job.ranks, job.folder.checkpoints, lambda: newest_checkpoint(job))
     state = TrainState() if found is None else load(strategy, found)
     if found is not None:
         there = found.manifest.world_size
         moved = f", which {there} rank(s) wrote" if there != job.ranks.world_size else ""
         job.say(f"continuing after step {state.step} of {source.num_steps} from {found.path.name}{moved}")
-    metrics = MetricsFile(job.folder.metrics_jsonl)
+    metrics = MetricsFile(job.folder.metrics_jsonl, still_ours=fence.check, warn=job.warn)
     if job.ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
+    saver = make_saver(job, strategy, fence, metrics)
+    watchdog = Watchdog(
+        job.folder.signs, job.ranks.rank, job.ranks.world_size, timeout=job.plan.config.guard.hang_timeout
+    )
+
+    def boundary(phase: str, step: int) -> None:
+        watchdog.enter(phase, step)
+        saver.check()
+
     with progress("train", source.num_steps, start=state.step) as bar:
         hooks = Hooks(
             validate=partial(validate, job, strategy, loss) if job.prepared.validation else None,
-            save=partial(save_and_retain, job, strategy, metrics, set[int]()),
+            save=lambda state, required: saver.save(state, required=required),
             record=partial(record_step, job, metrics, bar),
             warn=job.warn,
+            boundary=boundary,
+            rollback=partial(roll_back, job, strategy, saver),
         )
         began = state.step
-        state = train(strategy, source, settings, hooks, state, job.stop)
+        with watched(job, strategy, watchdog):
+            try:
+                state = train(strategy, source, settings, hooks, state, job.stop)
+            finally:
+                watchdog.enter("leaving", state.step)
+                saver.leave()
     summary = training_summary(state)
     if job.ranks.is_first:
         loss_curve(job.folder.metrics_jsonl, job.folder.curve_png, title=job.plan.name)
@@ -117,7 +138,12 @@ def loop_settings(job: Job, steps: int) -> Settings:
         ),
         spike_factor=config.guard.spike_factor,
         spike_window=config.guard.spike_window,
-        spike_action=config.guard.spike_action,
+        policy=FaultPolicy(
+            nonfinite=config.guard.nonfinite_action,
+            spike=config.guard.spike_action,
+            most=config.guard.max_faults,
+            most_in_row=config.guard.max_faults_in_row,
+        ),
     )
 
 
@@ -132,16 +158,49 @@ def validate(job: Job, strategy: Strategy, loss: PackedLoss) -> Mapping[str, flo
     return figures
 
 
-def save_and_retain(job: Job, strategy: Strategy, metrics: MetricsFile, verified: set[int], state: TrainState) -> None:
-    """Publish the state, then delete what need not be kept."""
+@contextmanager
+def watched(job: Job, strategy: Strategy, watchdog: Watchdog) -> Iterator[None]:
+    """Have ``watchdog`` watch while the block trains; every forward pass is a move. Not with a timeout of 0."""
+    if job.plan.config.guard.hang_timeout == 0:
+        yield
+        return
     if job.ranks.is_first:
-        metrics.sync()
-    base = job.prepared.base.sha256
-    save(strategy, job.folder.checkpoints, state, identity=job.plan.identity, base=base)
-    verified.add(state.step)
-    if job.ranks.is_first:
-        keep = job.plan.config.checkpoint.keep
-        retain(job.folder.checkpoints, keep=keep, best=state.best.step, verified=verified)
+        clear_signs(job.folder.signs)
+    job.ranks.barrier()
+    handle = strategy.inner.register_forward_pre_hook(lambda *_: watchdog.move())
+    try:
+        with watchdog.watching():
+            yield
+    finally:
+        handle.remove()
+
+
+def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile) -> Saver:
+    """What publishes the state, and then deletes what need not be kept."""
+    config = job.plan.config.checkpoint
+    verified = set[int]()
+
+    def delete_old(state: TrainState) -> None:
+        verified.add(state.step)
+        retain(fence, keep=config.keep, best=state.best.step, verified=verified)
+
+    return Saver(
+        strategy,
+        fence,
+        job.ranks.aside() if config.asynchronous else None,
+        identity=job.plan.identity,
+        base=job.prepared.base.sha256,
+        before=metrics.sync,
+        after=delete_old,
+        warn=job.warn,
+    )
+
+
+def roll_back(job: Job, strategy: Strategy, saver: Saver) -> TrainState | None:
+    """Fill weights and optimizer from the newest good checkpoint; None: there is none yet."""
+    saver.finish()
+    found = find_agreed(job.ranks, job.folder.checkpoints, lambda: newest_checkpoint(job))
+    return None if found is None else load(strategy, found)
 
 
 def record_step(
@@ -167,6 +226,8 @@ def training_summary(state: TrainState) -> Summary:
         summary |= {f"best_{name}": value for name, value in state.best.figures.items()}
     if state.losses.spikes:
         summary["spikes"] = state.losses.spikes
+    if state.faults:
+        summary |= {"steps_not_taken": state.faults, "rollbacks": state.rollbacks}
     if state.stopped_early:
         summary["ended"] = "early: no improvement for eval.patience validations"
     return summary

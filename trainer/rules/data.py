@@ -59,12 +59,12 @@ def source_rules(config: Config) -> Iterator[Problem]:
     if data.over_long != "split":
         because = f"data.over_long={data.over_long}"
         yield from no_effect("data", data, ("split_overlap",), because, "add data.over_long=split, or remove it")
-    elif data.split_overlap >= config.packing.capacity:
+    elif data.split_overlap >= config.packing.tokens:
         yield Problem(
             what="chunks would never advance",
             where="data.split_overlap",
-            got=f"{data.split_overlap} tokens with packing.capacity={config.packing.capacity}",
-            allowed=f"0 to {config.packing.capacity - 1}",
+            got=f"{data.split_overlap} tokens with packing.capacity={config.packing.tokens}",
+            allowed=f"0 to {config.packing.tokens - 1}",
             do="a tenth of the capacity is plenty",
         )
 

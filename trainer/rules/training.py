@@ -134,7 +134,7 @@ def parallel_rules(config: Config) -> Iterator[Problem]:
 def optim_rules(config: Config) -> Iterator[Problem]:
     """Yield what is wrong with the size of a batch and the course of the learning rate."""
     optim = config.optim
-    capacity = config.packing.capacity
+    capacity = config.packing.tokens
     if optim.batch_packs is not None and optim.batch_tokens is not None:
         yield Problem(
             what="two answers to how large a batch is",

@@ -1,8 +1,9 @@
 """What ends a training run, or puts it in doubt, other than reaching its last step.
 
-A value that is not finite stops all ranks before the optimizer step, so nothing poisoned is ever saved. A loss spike is
-measured against the run's own recent losses. Early stopping and the choice of the best checkpoint follow one validation
-figure. A signal only raises a flag; the ranks vote on it at the step boundary, in a collective that runs anyway.
+A value that is not finite keeps all ranks from the optimizer step, so nothing poisoned is ever saved; what then happens
+is a policy (``FaultPolicy``). A loss spike is measured against the run's own recent losses. Early stopping and the
+choice of the best checkpoint follow one validation figure. A signal only raises a flag; the ranks vote on it at the
+step boundary, in a collective that runs anyway.
 
 The memory of these guards (``LossHistory``, ``Best``) is part of the training state and survives in the checkpoint, so
 a resumed run stops where an uninterrupted one would have.
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from types import FrameType
+from typing import Literal
 
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 
@@ -134,12 +136,68 @@ class LossHistory:
         A spike is more than ``factor`` times the median of the last ``window`` losses and ``SPIKE_FLOOR`` above it.
         There is no verdict before a quarter of the window is filled. ``factor`` 0 only remembers.
         """
-        usual = median(self.recent) if len(self.recent) >= max(2, window // 4) else None
+        usual, bound = self.usual(window), self.bound(factor=factor, window=window)
         self.recent = [*self.recent, loss][-window:]
-        if usual is None or factor == 0 or loss <= max(factor * usual, usual + SPIKE_FLOOR):
+        if usual is None or loss <= bound:
             return None
         self.spikes += 1
         return usual
+
+    def usual(self, window: int) -> float | None:
+        """The running median; None before a quarter of the window is filled."""
+        return median(self.recent) if len(self.recent) >= max(2, window // 4) else None
+
+    def bound(self, *, factor: float, window: int) -> float:
+        """The loss above which the next one is a spike; infinite where there is no verdict."""
+        usual = self.usual(window)
+        return math.inf if usual is None or factor == 0 else max(factor * usual, usual + SPIKE_FLOOR)
+
+
+NonFiniteAction = Literal["stop", "skip", "rollback"]
+SpikeAction = Literal["warn", "stop", "skip", "rollback"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultPolicy:
+    """What happens to a step that is not taken, and how often.
+
+    ``skip``: its data is passed over. ``rollback``: weights and optimizer return to the last good checkpoint, and all
+    data since then is passed over. ``most``: such steps in a run, ``most_in_row``: one after the other; then it stops.
+    """
+
+    nonfinite: NonFiniteAction = "stop"
+    spike: SpikeAction = "warn"
+    most: int = 10
+    most_in_row: int = 3
+
+    def refuses_spikes(self) -> bool:
+        """Whether a step whose loss is a spike is not taken."""
+        return self.spike in ("skip", "rollback")
+
+
+def exhausted(fault: TrainingFault, *, total: int, in_row: int, policy: FaultPolicy) -> TrainingFault | None:
+    """The error of a run with ``total`` steps not taken, the last ``in_row`` in a row; None: it may go on."""
+    if total <= policy.most and in_row <= policy.most_in_row:
+        return None
+    first = fault.problems[0]
+    return TrainingFault(
+        f"too many steps could not be taken; the last one: {first.what}",
+        where=first.where,
+        got=f"{total} in this run, {in_row} in a row; {first.got}",
+        allowed=f"{policy.most} in a run (guard.max_faults), {policy.most_in_row} in a row (guard.max_faults_in_row)",
+        do=f"the model or the data is at fault, not a single step: {first.do}",
+    )
+
+
+def spike_fault(step: int, loss: float, usual: float, *, factor: float, do: str) -> TrainingFault:
+    """The fault of a loss far above the ``usual`` one."""
+    return TrainingFault(
+        f"loss spike: {loss:.4g}, {loss / usual:.1f} times the median of the last steps",
+        where=f"step {step}",
+        got=f"{loss:.4g}",
+        allowed=f"at most {factor:g} times {usual:.4g} (guard.spike_factor)",
+        do=do,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,16 +2,17 @@
 
 It is our own because what it guarantees is what this project is for: a step is a pure function of weights, optimizer
 state and step number, so a killed run continues bit by bit; all ranks decide alike, in the one collective that sums the
-loss; and a value that is not finite ends the run before the optimizer step, so that nothing poisoned is ever saved.
+loss; and a step with a value that is not finite is never taken, so that nothing poisoned is ever saved.
 
 Loss of a step = sum of the token losses of all ranks and micro-batches / number of targets of the step, which the
 schedule knows beforehand. ``train_step`` is the only place where anything is normalised: strategies average gradients
 over the ranks, so a micro-batch's summed loss counts ``world_size / num_targets``.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +22,7 @@ from trainer.distributed.strategy import Strategy
 from trainer.errors import StoppedInGoodOrder, TrainingFault
 from trainer.model.device import peak_memory_gb
 from trainer.train.checkpoint.publish import SaveFailed
-from trainer.train.guard import Judge, NonFinite, StopFlag, non_finite
+from trainer.train.guard import FaultPolicy, Judge, NonFinite, StopFlag, exhausted, non_finite, spike_fault
 from trainer.train.metrics import StepRecord, StepTimer
 from trainer.train.state import TrainState
 
@@ -31,8 +32,8 @@ class Outcome:
     """What all ranks know after a step's forward and backward passes.
 
     ``loss``: nats per target. ``grad_norm``: global, before clipping. ``tokens``: without padding, over all ranks.
-    ``stop``: some rank was asked to stop. ``fault``: why the step was not taken. ``skipped``: float16 overflowed, the
-    loss scale was lowered and the weights left alone.
+    ``stop``: some rank was asked to stop. ``fault``: why the step was not taken. ``refused``: it was not taken because
+    of the loss alone. ``skipped``: float16 overflowed, the loss scale was lowered and the weights left alone.
     """
 
     loss: float
@@ -41,6 +42,7 @@ class Outcome:
     stop: bool
     fault: NonFinite | None
     skipped: bool
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,8 @@ class Settings:
 
     ``seed``: of dropout and other noise. ``lr``: learning rate of a step index. ``validate_every``, ``save_every``: in
     optimizer steps; the last step is always validated and saved, and so is every new best. ``spike_factor``,
-    ``spike_window``, ``spike_action``: see ``LossHistory``. ``judge``: chooses the best checkpoint, ends a run early.
+    ``spike_window``: see ``LossHistory``. ``policy``: what happens to a faulty step. ``judge``: chooses the best
+    checkpoint, ends a run early.
     """
 
     seed: int
@@ -59,7 +62,7 @@ class Settings:
     judge: Judge
     spike_factor: float = 0.0
     spike_window: int = 32
-    spike_action: Literal["warn", "stop"] = "warn"
+    policy: FaultPolicy = FaultPolicy()  # noqa: RUF009  (it never changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +70,18 @@ class Hooks:
     """What the loop has others do. All ranks call all of them.
 
     ``validate``: figures such as ``{"loss": 1.2}``, equal on all ranks; None: there is no validation. ``save``: publish
-    the state (raises ``SaveFailed`` on all ranks). ``record``: write one step with its validation figures. ``warn``:
-    tell the user.
+    the state (raises ``SaveFailed`` on all ranks), by the time of the return if the second argument says that it is
+    required. ``record``: write one step with its validation figures. ``warn``: tell the user. ``boundary``: told before
+    every step what comes (``train``), and before a ``validation`` or a ``saving``; it may end the run. ``rollback``:
+    fill weights and optimizer from the last good checkpoint and return its state; None: there is none.
     """
 
     validate: Callable[[], Mapping[str, float]] | None
-    save: Callable[[TrainState], None]
+    save: Callable[[TrainState, bool], None]
     record: Callable[[StepRecord, Mapping[str, float]], None]
     warn: Callable[[str], None]
+    boundary: Callable[[str, int], None] = lambda _phase, _step: None
+    rollback: Callable[[], TrainState | None] = lambda: None
 
 
 def train(
@@ -83,8 +90,9 @@ def train(
     """Train from ``state`` to the last step, or until patience ends; returns the final state, which is saved.
 
     Raises:
-        NonFinite: a loss or gradient that is not a finite number; the step was not taken.
-        TrainingFault: a loss spike with ``spike_action`` stop (after saving), or a validation without usable figures.
+        NonFinite: a loss or gradient that is not a finite number, by policy; the step was not taken.
+        TrainingFault: a loss spike, by policy (after saving); too many steps not taken, or nothing to go back to; a
+            validation without usable figures.
         StoppedInGoodOrder: a rank was asked to stop; the state is saved.
         SaveFailed: the state could not be saved when it had to be.
     """
@@ -95,19 +103,31 @@ def train(
         for planned in source.steps(state.step):
             if state.stopped_early:
                 break
+            hooks.boundary("train", planned.index + 1)
             timer = StepTimer()
             lr = settings.lr(planned.index)
+            bound = state.losses.bound(factor=settings.spike_factor, window=settings.spike_window)
             outcome = train_step(
-                strategy, source, planned, load, lr=lr, seed=settings.seed, stop=stop.is_up, timer=timer
+                strategy,
+                source,
+                planned,
+                load,
+                lr=lr,
+                seed=settings.seed,
+                stop=stop.is_up,
+                timer=timer,
+                highest=bound if settings.policy.refuses_spikes() else math.inf,
             )
             state.tokens += outcome.tokens
             record = _record(strategy, planned, outcome, state, lr, timer)
-            if outcome.fault is not None:
-                hooks.record(record, {})
-                raise outcome.fault
-            state.step, state.skipped = record.step, state.skipped + outcome.skipped
+            rolled_back, spike = False, None
+            if outcome.fault is not None or outcome.refused:
+                rolled_back = _not_taken(settings, hooks, state, record, outcome)
+            else:
+                state.faults_in_row = 0
+                state.step, state.skipped = record.step, state.skipped + outcome.skipped
+                spike = _watch(settings, hooks, state, outcome)
             last = state.step == source.num_steps
-            spike = _watch(settings, hooks, state, outcome)
             due = hooks.validate is not None and (last or state.step % settings.validate_every == 0)
             if outcome.stop and not last:
                 _stop(hooks, state, record, due=due)
@@ -117,7 +137,8 @@ def train(
             else:
                 hooks.record(record, {})
             must_save = last or state.stopped_early or spike is not None
-            if must_save or best or state.step % settings.save_every == 0:
+            if must_save or best or rolled_back or state.step % settings.save_every == 0:
+                hooks.boundary("saving", state.step)
                 _save(hooks, state, required=must_save)
             if spike is not None:
                 raise spike
@@ -134,11 +155,13 @@ def train_step(
     seed: int,
     stop: Callable[[], bool],
     timer: StepTimer,
+    highest: float = math.inf,
 ) -> Outcome:
     """Forward and backward over this rank's micro-batches, agree with the other ranks, and take the optimizer step.
 
     ``load`` is called for one micro-batch after the other, when the one before has gone backward. ``stop`` is asked as
-    late as possible. The step is not taken when a loss or the gradient is not finite (``Outcome.fault``).
+    late as possible. The step is not taken when a loss or the gradient is not finite (``Outcome.fault``), or the loss
+    above ``highest`` (``Outcome.refused``).
 
     Raises:
         TrainingFault: the batches do not hold the targets that the schedule counted.
@@ -171,15 +194,20 @@ def train_step(
         grad_norm = float(strategy.clip())
         fault = non_finite(planned.index + 1, per_rank, grad_norm, lambda r, m: source.describe(planned.index, r, m))
         skipped = fault is not None and fault.only_gradient and strategy.may_overflow
-        if fault is None or skipped:
+        loss = sum(map(sum, per_rank)) / planned.num_targets
+        refused = fault is None and loss > highest
+        if skipped or (fault is None and not refused):
             strategy.step()
+        else:
+            strategy.discard()
     return Outcome(
-        loss=sum(map(sum, per_rank)) / planned.num_targets,
+        loss=loss,
         grad_norm=grad_norm,
         tokens=int(tokens),
         stop=stop_votes > 0,
         fault=None if skipped else fault,
         skipped=skipped,
+        refused=refused,
     )
 
 
@@ -216,6 +244,43 @@ def _record(
     )
 
 
+def _not_taken(settings: Settings, hooks: Hooks, state: TrainState, record: StepRecord, outcome: Outcome) -> bool:
+    """Do with a step that was not taken what the policy says; returns whether an older state was gone back to.
+
+    Raises:
+        TrainingFault: the policy says stop, it was too often, or there is nothing to go back to.
+    """
+    policy, usual = settings.policy, state.losses.usual(settings.spike_window)
+    fault = outcome.fault or spike_fault(
+        record.step,
+        outcome.loss,
+        usual or outcome.loss,
+        factor=settings.spike_factor,
+        do="look at the data of these steps and at optim.lr; raise guard.spike_factor if this is usual here",
+    )
+    action = policy.spike if outcome.fault is None else policy.nonfinite
+    state.faults, state.faults_in_row = state.faults + 1, state.faults_in_row + 1
+    too_often = exhausted(fault, total=state.faults, in_row=state.faults_in_row, policy=policy)
+    if action == "stop" or too_often is not None:
+        hooks.record(record, {})
+        raise too_often if action != "stop" and too_often is not None else fault
+    state.losses.spikes += outcome.fault is None
+    state.step = record.step
+    if action == "skip":
+        hooks.warn(f"{fault}\n  the step is skipped ({state.faults} so far)")
+        return False
+    older = hooks.rollback()
+    if older is None:
+        hooks.record(record, {})
+        raise fault
+    state.losses, state.rollbacks = replace(older.losses, spikes=state.losses.spikes), state.rollbacks + 1
+    hooks.warn(
+        f"{fault}\n  back to the weights of step {older.step}; the data of steps {older.step + 1} to {state.step} is "
+        f"passed over ({state.faults} so far)"
+    )
+    return True
+
+
 def _watch(settings: Settings, hooks: Hooks, state: TrainState, outcome: Outcome) -> TrainingFault | None:
     """Tell about an overflow or a spike; returns the fault to raise after saving if a spike has to stop the run."""
     if outcome.skipped:
@@ -223,17 +288,12 @@ def _watch(settings: Settings, hooks: Hooks, state: TrainState, outcome: Outcome
     usual = state.losses.add(outcome.loss, factor=settings.spike_factor, window=settings.spike_window)
     if usual is None:
         return None
-    what = f"loss spike: {outcome.loss:.4g}, {outcome.loss / usual:.1f} times the median of the last steps"
-    if settings.spike_action == "warn":
-        hooks.warn(f"step {state.step}: {what}")
-        return None
-    return TrainingFault(
-        what,
-        where=f"step {state.step}",
-        got=f"{outcome.loss:.4g}",
-        allowed=f"at most {settings.spike_factor:g} times {usual:.4g} (guard.spike_factor)",
-        do="look at the data of this step and at optim.lr; the state is saved, and the same command goes on from it",
-    )
+    do = "look at the data of this step and at optim.lr; the state is saved, and the same command goes on from it"
+    fault = spike_fault(state.step, outcome.loss, usual, factor=settings.spike_factor, do=do)
+    if settings.policy.spike == "stop":
+        return fault
+    hooks.warn(f"step {state.step}: {fault.problems[0].what}")
+    return None
 
 
 def _validate(
@@ -248,6 +308,7 @@ def _validate(
     if hooks.validate is None:
         return False
     timer = timer or StepTimer()
+    hooks.boundary("validation", state.step)
     with timer.part("validation"):
         figures = hooks.validate()
     strategy.module.train()
@@ -265,6 +326,7 @@ def _stop(hooks: Hooks, state: TrainState, record: StepRecord, *, due: bool) -> 
         state.pending = record
     else:
         hooks.record(record, {})
+    hooks.boundary("saving", state.step)
     _save(hooks, state, required=True)
     raise StoppedInGoodOrder(
         f"stopped after step {state.step}; the state is saved", do="run the same command again to continue"
@@ -274,7 +336,7 @@ def _stop(hooks: Hooks, state: TrainState, record: StepRecord, *, due: bool) -> 
 def _save(hooks: Hooks, state: TrainState, *, required: bool) -> None:
     """Save; a failure is only a warning while there will be another try."""
     try:
-        hooks.save(state)
+        hooks.save(state, required)
     except SaveFailed as fault:
         if required:
             raise

@@ -5,9 +5,11 @@ lines that its checkpoint does not know before it writes them again, and a value
 text "nan" or "inf" (JSON has no such number, and 0.0 would hide it).
 """
 
+import errno
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -43,30 +45,73 @@ class StepRecord:
 
 
 class MetricsFile:
-    """``metrics.jsonl``, appended to by one process."""
+    """``metrics.jsonl``, appended to by one process.
 
-    def __init__(self, path: Path) -> None:
+    ``still_ours`` is asked before every line and raises when another process has taken over the run. ``warn``: told
+    once when lines cannot be written; they wait in memory and are written as soon as the disk lets them.
+    """
+
+    def __init__(
+        self, path: Path, *, still_ours: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.path = path
+        self._still_ours, self._warn = still_ours, warn
+        self._inode: int | None = None
+        self._waiting: list[bytes] = []
+        self._lock = threading.Lock()  # a save beside the training syncs
 
     def continue_after(self, step: int) -> int:
         """Cut every line after ``step``, and a last line that was only half written; returns the lines cut.
 
+        The file is always a new one: an older process that still has a line to write, writes it into the old one.
+
         Raises:
             RunError: a whole line is not one of ours.
         """
-        if not self.path.exists():
-            return 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, number, len(lines), step)]
-        if len(kept) < len(lines):
-            write_atomic(self.path, b"".join(kept))
+        self._still_ours()
+        write_atomic(self.path, b"".join(kept))
+        self._inode = self.path.stat().st_ino
         return len(lines) - len(kept)
 
     def append(self, record: StepRecord, figures: Mapping[str, float]) -> None:
-        """Add one step; ``figures`` of a validation of this step get ``val_`` before their names."""
+        """Add one step; ``figures`` of a validation of this step get ``val_`` before their names.
+
+        Raises:
+            RunError: another process writes this file.
+        """
         values = asdict(record) | {f"val_{name}": value for name, value in figures.items()}
-        with self.path.open("ab") as handle:
-            handle.write(msgspec.json.encode(_as_json(values)) + b"\n")
+        self._still_ours()
+        with self._lock:
+            first = not self._waiting
+            self._waiting.append(msgspec.json.encode(_as_json(values)) + b"\n")
+            try:
+                self._write()
+            except OSError as fault:
+                if first:
+                    self._warn(f"{self.path} cannot be written ({fault.strerror}); its lines wait in memory")
+
+    def _write(self) -> None:
+        """Add the lines that wait, all or none of them."""
+        with self.path.open("ab", buffering=0) as handle:
+            status = os.fstat(handle.fileno())
+            if self._inode is not None and status.st_ino != self._inode:
+                raise RunError(
+                    "another process writes the record of this run",
+                    where=str(self.path),
+                    got="another file than the one that this process began",
+                    allowed="one process at a time",
+                    do="leave the run to the other process",
+                )
+            data = b"".join(self._waiting)
+            try:
+                if handle.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                handle.truncate(status.st_size)
+                raise
+        self._waiting.clear()
 
     def step_seconds(self) -> list[tuple[int, float]]:
         """Step and wall time in seconds of every recorded step, without validation and saving.
@@ -81,7 +126,14 @@ class MetricsFile:
         return found
 
     def sync(self) -> None:
-        """Make the lines durable. Before a checkpoint is published: it must not know steps that the record lost."""
+        """Make the lines durable. Before a checkpoint is published: it must not know steps that the record lost.
+
+        Raises:
+            OSError: lines still wait, and cannot be written.
+        """
+        with self._lock:
+            if self._waiting:
+                self._write()
         if self.path.exists():
             with self.path.open("rb") as handle:
                 os.fsync(handle.fileno())

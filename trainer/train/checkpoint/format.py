@@ -21,7 +21,7 @@ from trainer.errors import TrimtabError
 from trainer.fingerprint import digest, file_digest
 from trainer.train.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 _RANK_FILE = re.compile(r"rank\d+\.(safetensors|json)")
 
@@ -87,11 +87,11 @@ def published(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def verify(path: Path) -> Manifest:
-    """Read every byte of a published checkpoint and compare it with its manifest.
+def verify(path: Path, *, contents: bool = True) -> Manifest:
+    """Compare a published checkpoint with its manifest: every byte, or without ``contents`` names and sizes alone.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut, changed or of another format; the message names it.
+        DamagedCheckpoint: a file is missing, cut, changed, unreadable or of another format; the message names it.
     """
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
@@ -101,7 +101,7 @@ def verify(path: Path) -> Manifest:
         size = file.stat().st_size
         if size != info.bytes:
             raise damage(path, f"{name} has {size} of {info.bytes} bytes")
-        if file_digest(file) != info.sha256:
+        if contents and _read_digest(path, file) != info.sha256:
             raise damage(path, f"{name} has other contents than were written")
     return manifest
 
@@ -112,19 +112,29 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DamagedCheckpoint: it is missing, changed, of another format or of another step.
     """
+    for part, what in ((path, "it"), (path / "manifest.json", "manifest.json")):
+        if part.is_symlink():
+            raise damage(path, f"{what} is a link to another place")
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
     except OSError as fault:
         raise damage(path, f"manifest.json cannot be read ({fault.strerror})") from fault
     except msgspec.DecodeError as fault:
         raise damage(path, f"manifest.json cannot be understood ({fault})") from fault
-    if manifest.sha256 != digest(replace(manifest, sha256="")):
-        raise damage(path, "manifest.json has other contents than were written")
     if manifest.format != FORMAT:
         raise damage(path, f"format {manifest.format}, and this version reads {FORMAT}")
+    if manifest.sha256 != digest(replace(manifest, sha256="")):
+        raise damage(path, "manifest.json has other contents than were written")
     if checkpoint_path(path.parent, manifest.step) != path:
         raise damage(path, f"manifest.json is of step {manifest.step}")
     return manifest
+
+
+def _read_digest(path: Path, file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as fault:
+        raise damage(path, f"{file.name} cannot be read ({fault.strerror})") from fault
 
 
 def read_index(path: Path) -> Mapping[str, FragmentInfo]:

@@ -1,81 +1,145 @@
 """All that changes the folders of checkpoints: a new one appears whole or not at all, an old one goes only after that.
 
-A checkpoint is written into a hidden folder beside the final place, every file and then the folder is synced, and after
-all ranks have agreed that theirs is good, rank 0 renames it once. Old ones are only deleted after a newer one was
-published, and only verified ones count.
+A checkpoint is written into a folder of this generation of the run (``fence.py``), every file and then the folder is
+synced, and after all ranks have agreed that theirs is good, rank 0 renames it once. Old ones are only deleted after a
+newer one was published, and only verified ones count.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from trainer.distributed.ranks import Ranks
 from trainer.distributed.strategy import Strategy
-from trainer.errors import RunError
-from trainer.fingerprint import digest, file_digest
-from trainer.paths import fsync_directory, fsync_file, write_atomic
+from trainer.errors import Interrupted, TrainingFault
+from trainer.fingerprint import digest
+from trainer.paths import fsync_directory
+from trainer.train.checkpoint.fence import Fence, fenced
 from trainer.train.checkpoint.format import (
     FORMAT,
     DamagedCheckpoint,
     FileInfo,
-    FragmentInfo,
     Manifest,
     checkpoint_path,
     published,
-    read_index,
     verify,
 )
+from trainer.train.checkpoint.snapshot import Snapshot, live_snapshot
+from trainer.train.checkpoint.writing import PoisonedValue, write_durably, write_tensors
 from trainer.train.state import TrainState
 
-STAGED = ".stage-"
-REMOVED = ".removed-"
+T = TypeVar("T")
 
 
-class SaveFailed(RunError):
+class SaveFailed(Interrupted):
     """A checkpoint could not be written; what was published before is intact."""
 
 
-def save(strategy: Strategy, directory: Path, state: TrainState, *, identity: str, base: str) -> Path:
-    """Publish the state of training; called by all ranks at a step boundary. Returns the folder.
+class Channel(Protocol):
+    """How the ranks agree: the group of the training, or one beside it (``Aside``)."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this one."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in the order of ranks."""
+        ...
+
+
+Written = tuple[Mapping[str, FileInfo], Mapping[str, tuple[int, ...]]]
+"""The files that a rank wrote, and the shapes of the parameters that it has parts of."""
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def save(
+    strategy: Strategy,
+    fence: Fence,
+    state: TrainState,
+    *,
+    identity: str,
+    base: str,
+    before: Callable[[], None] = nothing,
+) -> Path:
+    """Publish the state of training while it waits; called by all ranks at a step boundary. Returns the folder.
+
+    Raises:
+        SaveFailed, Fenced, TrainingFault: as in ``publish``.
+    """
+    state = replace(state, scaler=strategy.scaler_state())
+    snapshot = live_snapshot(strategy)
+    return publish(strategy.ranks, fence, snapshot, state, identity=identity, base=base, before=before)
+
+
+def publish(
+    channel: Channel,
+    fence: Fence,
+    snapshot: Snapshot,
+    state: TrainState,
+    *,
+    identity: str,
+    base: str,
+    before: Callable[[], None] = nothing,
+) -> Path:
+    """Write ``snapshot`` and ``state`` as a checkpoint; called by all ranks alike. Returns its folder.
 
     A checkpoint of the same step that is already there and whole is left alone; a damaged one is moved aside.
+    ``before`` is done by rank 0 first; where it cannot be done, nothing is published.
 
     Raises:
         SaveFailed: on all ranks, when one of them could not write. The partial folder is gone.
+        Fenced: on all ranks, when a newer process has taken over the run.
+        TrainingFault: on all ranks, when a value is not finite: that is never published.
     """
-    ranks = strategy.ranks
-    final = checkpoint_path(directory, state.step)
-    if _is_there(ranks, final):
+    final = checkpoint_path(fence.directory, state.step)
+    staged = fence.space / final.name
+    (there, *_) = _together(channel, fence, lambda: channel.rank == 0 and _is_there(fence, final))
+    if there:
         return final
-    staged = directory / f"{STAGED}{final.name}"
-    state = replace(state, scaler=strategy.scaler_state())
     try:
-        _together(ranks, lambda: _make_stage(directory, staged), only_first=True)
-        _together(ranks, lambda: _write_rank(strategy, staged))
-        _together(ranks, lambda: _publish(ranks, staged, final, state, identity=identity, base=base), only_first=True)
-    except SaveFailed:
-        if ranks.is_first:
+        _together(channel, fence, lambda: _make_stage(staged, before) if channel.rank == 0 else None)
+        written = _together(channel, fence, lambda: _write_rank(channel.rank, snapshot, staged))
+        manifest = Manifest(
+            format=FORMAT,
+            step=state.step,
+            identity=identity,
+            base=base,
+            world_size=channel.world_size,
+            state=state,
+            shapes={name: shape for _, shapes in written for name, shape in shapes.items()},
+            files={name: info for files, _ in written for name, info in files.items()},
+        )
+        _together(channel, fence, lambda: _publish(fence, staged, final, manifest) if channel.rank == 0 else None)
+    except (SaveFailed, TrainingFault):
+        if channel.rank == 0:
             shutil.rmtree(staged, ignore_errors=True)
-        ranks.barrier()
+        channel.gather(None)
         raise
     return final
 
 
-def _is_there(ranks: Ranks, final: Path) -> bool:
-    found = 0
-    if ranks.is_first and final.is_dir():
-        try:
-            verify(final)
-            found = 1
-        except DamagedCheckpoint:
-            final.rename(_unused(final.with_name(f"{final.name}.damaged")))
-    return bool(ranks.from_first(found))
+def _is_there(fence: Fence, final: Path) -> bool:
+    if not final.is_dir():
+        return False
+    try:
+        verify(final)
+    except DamagedCheckpoint:
+        fence.check()
+        final.rename(_unused(final.with_name(f"{final.name}.damaged")))
+        return False
+    return True
 
 
 def _unused(path: Path) -> Path:
@@ -85,89 +149,80 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _together(ranks: Ranks, work: Callable[[], None], *, only_first: bool = False) -> None:
-    """Do ``work`` and agree on how it went, so that no rank goes on alone.
+def _together(channel: Channel, fence: Fence, work: Callable[[], T]) -> list[T]:
+    """Do ``work`` and agree on how it went, so that no rank goes on alone; gives what all ranks' work gave.
 
     Raises:
-        SaveFailed: on all ranks, with the first rank's reason.
+        SaveFailed, Fenced, TrainingFault: on all ranks, with the first rank's reason.
     """
-    problem = ""
-    if ranks.is_first or not only_first:
-        try:
-            work()
-        except (OSError, SafetensorError) as fault:
-            problem = str(fault) or type(fault).__name__
-    problems = ranks.gather(problem)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
-    if failed:
-        raise SaveFailed(
-            "a checkpoint could not be written",
-            got=failed[0],
-            do="make room on this disk, or check its permissions; the checkpoints published before are intact",
+    result: T | None = None
+    problem, poisoned = "", False
+    try:
+        result = work()
+    except OSError as fault:
+        problem = str(fault) or type(fault).__name__
+    except PoisonedValue as fault:
+        problem, poisoned = str(fault), True
+    outcomes = channel.gather((result, problem, poisoned))
+    failed = [(f"rank {rank}: {text}", bad) for rank, (_, text, bad) in enumerate(outcomes) if text]
+    if not failed:
+        return [result for result, _, _ in outcomes]  # type: ignore[misc]  # without a problem there is a result
+    if not channel.gather(fence.holds())[0]:
+        raise fenced(fence.directory, fence.generation)
+    text, poisoned = failed[0]
+    if poisoned:
+        raise TrainingFault(
+            "the weights or the optimizer's state hold a value that is not finite; no checkpoint was made of them",
+            got=text,
+            do="the same command goes on from the checkpoint before; lower optim.lr or optim.clip_norm",
         )
+    raise SaveFailed(
+        "a checkpoint could not be written",
+        got=text,
+        do="make room on this disk, or check its permissions; the checkpoints published before are intact",
+    )
 
 
-def _make_stage(directory: Path, staged: Path) -> None:
-    """An empty folder to write into; what an earlier process left half done goes away."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in [*directory.glob(f"{STAGED}*"), *directory.glob(f"{REMOVED}*")]:
-        shutil.rmtree(leftover)
+def _make_stage(staged: Path, before: Callable[[], None]) -> None:
+    """An empty folder to write into; what an earlier try left half done goes away. The generation's own is not made."""
+    before()
+    if staged.exists():
+        shutil.rmtree(staged)
     staged.mkdir()
 
 
-def _write_rank(strategy: Strategy, staged: Path) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    index: dict[str, FragmentInfo] = {}
-    for fragment in strategy.fragments(saving=True):
-        tensors |= {f"{kind}:{fragment.name}": flat.contiguous() for kind, flat in fragment.tensors.items()}
-        index[fragment.name] = FragmentInfo(fragment.start, fragment.length, fragment.shape, float(fragment.step))
-    rank = strategy.ranks.rank
+def _write_rank(rank: int, snapshot: Snapshot, staged: Path) -> Written:
+    index = snapshot.index()
     listing = staged / f"rank{rank}.json"
-    write_atomic(listing, msgspec.json.encode(index))
     weights = listing.with_suffix(".safetensors")
-    save_file(tensors, weights)
-    weights.chmod(listing.stat().st_mode & 0o777)  # safetensors makes 0600, and a run folder is often a group's
-    fsync_file(weights)
+    files = {
+        listing.name: write_durably(listing, [msgspec.json.encode(index)]),
+        weights.name: write_tensors(weights, snapshot.tensors),
+    }
+    return files, {name: info.shape for name, info in index.items()}
 
 
-def _publish(ranks: Ranks, staged: Path, final: Path, state: TrainState, *, identity: str, base: str) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    files: dict[str, FileInfo] = {}
-    for rank in range(ranks.world_size):
-        index = staged / f"rank{rank}.json"
-        shapes |= {name: info.shape for name, info in read_index(index).items()}
-        for path in (index, index.with_suffix(".safetensors")):
-            files[path.name] = FileInfo(path.stat().st_size, file_digest(path))
-    manifest = Manifest(
-        format=FORMAT,
-        step=state.step,
-        identity=identity,
-        base=base,
-        world_size=ranks.world_size,
-        state=state,
-        shapes=shapes,
-        files=files,
-    )
+def _publish(fence: Fence, staged: Path, final: Path, manifest: Manifest) -> None:
     # As it will be read: JSON turns an int in a float's place into a float, and the digest has to be of that.
     manifest = msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
     manifest = replace(manifest, sha256=digest(manifest))
-    write_atomic(staged / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+    write_durably(staged / "manifest.json", [msgspec.json.format(msgspec.json.encode(manifest))])
     fsync_directory(staged)
-    staged.rename(final)
-    fsync_directory(final.parent)
+    staged.rename(final)  # of a folder that is gone when a newer process has taken over
+    fsync_directory(fence.directory)
 
 
-def retain(directory: Path, *, keep: int, best: int | None, verified: set[int]) -> list[int]:
+def retain(fence: Fence, *, keep: int, best: int | None, verified: set[int]) -> list[int]:
     """Delete old checkpoints by rank 0, after a newer one was published. Returns the steps deleted.
 
     Args:
-        directory: the run's checkpoints.
+        fence: of this process.
         keep: newest verified ones to keep, at least 1.
         best: step of the best one, kept besides.
         verified: steps known to be whole; those found whole here are added. A damaged one neither counts nor goes.
     """
     good: list[Path] = []
-    for path in published(directory):
+    for path in published(fence.directory):
         step = int(path.name.removeprefix("step-"))
         if step not in verified:
             try:
@@ -182,7 +237,7 @@ def retain(directory: Path, *, keep: int, best: int | None, verified: set[int]) 
         if step == best:
             continue
         # Renamed first: a folder that is half deleted never has the name of a checkpoint.
-        going = path.with_name(f"{REMOVED}{path.name}")
+        going = fence.space / f"gone-{path.name}"
         path.rename(going)
         shutil.rmtree(going)
         removed.append(step)

@@ -1,0 +1,279 @@
+"""The fault matrix: every row of it, how many points were injected, how many were survived, and which were lost.
+
+    python tests/faults/matrix.py [--quick] [--rows 1,4,5] [--cycles 50] [--table docs/reliability.md]
+
+Rows that a test proves run that test: its cases are the points. Rows that need a Slurm cluster are listed as such.
+A row that loses a point makes the exit code 1. ``make faults`` runs all of it; ``--quick`` is a minute.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "launch", "tests/unit", "tests/faults")]
+
+from injection import SaveBench, Tally, damage_each, kill_at_random, same_end, sweep_saves  # noqa: E402
+from train_fixtures import Run, make_data, train_run, with_data  # noqa: E402
+
+from trainer.distributed.ranks import Ranks, start_ranks  # noqa: E402
+
+NEEDS_SLURM = "needs Slurm"
+CAMPAIGN_STEPS = 300
+QUICK_STEPS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row. ``do`` injects; ``tests`` are node ids that prove it; neither: ``why`` says what is missing."""
+
+    number: str
+    fault: str
+    do: Callable[["Place"], Tally] | None = None
+    tests: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the points are injected, and how many."""
+
+    folder: Path
+    ranks: Ranks
+    quick: bool
+    cycles: int
+
+
+def kill_in_saves(place: Place) -> Tally:
+    """Row 1, for a save that is waited for and for one behind the training."""
+    total = Tally()
+    for asynchronous in (True, False):
+        folder = place.folder / f"saves-{asynchronous}"
+        folder.mkdir()
+        bench = SaveBench(folder, place.ranks, asynchronous=asynchronous)
+        add(total, sweep_saves(bench, every=40 if place.quick else 1, most=200, chunk=1024))
+    return total
+
+
+def failing_disk(error: str) -> Callable[[Place], Tally]:
+    """Rows 8 and 9: every call of a save fails with ``error``; the checkpoint before stays, the next save works."""
+
+    def do(place: Place) -> Tally:
+        folder = place.folder / f"disk-{error}"
+        folder.mkdir()
+        bench = SaveBench(folder, place.ranks, asynchronous=True)
+        return sweep_saves(bench, every=40 if place.quick else 1, most=40, chunk=16384, error=error)
+
+    return do
+
+
+def campaign(place: Place) -> Tally:
+    """Row 4 without a cluster: killed at random moments until it is done; the end is that of a straight run."""
+    data = make_data(place.folder / "campaign-data")
+    steps = QUICK_STEPS if place.quick else CAMPAIGN_STEPS
+    straight = Run(folder=str(with_data(place.folder / "straight", data)), dropout=0.1, max_steps=steps)
+    began = time.monotonic()
+    train_run(straight, place.ranks)
+    whole = time.monotonic() - began
+    killed = with_data(place.folder / "killed", data)
+    run = Run(folder=str(killed), dropout=0.1, max_steps=steps)
+    cycles, share = (4, 5) if place.quick else (place.cycles, place.cycles / 2)
+    tally = kill_at_random(run, place.ranks, cycles=cycles, longest=whole / share, seed=7)
+    tally.add("the end", same_end(run, place.ranks, place.folder / "straight", killed))
+    return tally
+
+
+def damaged(*, all_of_them: bool) -> Callable[[Place], Tally]:
+    """Rows 5 to 7."""
+
+    def do(place: Place) -> Tally:
+        folder = place.folder / f"damage-{all_of_them}"
+        folder.mkdir()
+        bench = SaveBench(folder, place.ranks, asynchronous=False)
+        return damage_each(folder, bench, all_of_them=all_of_them)
+
+    return do
+
+
+def add(total: Tally, more: Tally) -> None:
+    """Count ``more`` into ``total``."""
+    total.points, total.survived = total.points + more.points, total.survived + more.survived
+    total.lost += more.lost
+
+
+def ids(text: str) -> tuple[str, ...]:
+    """Node ids below ``tests``: one FILE or FILE::TEST a word."""
+    return tuple(f"tests/{word}" for word in text.split())
+
+
+ROWS = (
+    Row(number="1", fault="SIGKILL at every system call of a save", do=kill_in_saves),
+    Row(
+        number="2",
+        fault="SIGKILL of one of two ranks",
+        tests=ids("distributed/test_resume.py::test_a_stopped_and_killed_run_equals_a_straight_one"),
+    ),
+    Row(
+        number="3",
+        fault="between publishing and deleting; keep=1 (the kills themselves: row 1, whose save deletes too)",
+        tests=ids(
+            """unit/test_checkpoint.py::test_the_newest_and_the_best_are_kept
+            unit/test_checkpoint.py::test_the_last_one_is_never_deleted"""
+        ),
+    ),
+    Row(number="4", fault="SIGKILL at random moments (one process, no cluster)", do=campaign),
+    Row(number="5", fault="every file of the newest checkpoint damaged", do=damaged(all_of_them=False)),
+    Row(number="6", fault="all checkpoints damaged", do=damaged(all_of_them=True)),
+    Row(
+        number="7",
+        fault="a part of the state is missing",
+        tests=ids(
+            """unit/test_checkpoint.py::test_a_damaged_one_is_named_and_the_one_before_it_used
+            unit/test_checkpoint.py::test_a_hole_in_the_fragments_is_noticed"""
+        ),
+    ),
+    Row(number="8", fault="disk full (ENOSPC) at every call of a save", do=failing_disk("ENOSPC")),
+    Row(number="9a", fault="EIO at every call of a save", do=failing_disk("EIO")),
+    Row(number="9b", fault="read-only (EROFS) at every call of a save", do=failing_disk("EROFS")),
+    Row(
+        number="9c",
+        fault="disk full while training, lines of the record",
+        tests=ids(
+            """unit/test_checkpoint.py::test_a_disk_that_is_full_during_training
+            unit/test_metrics.py::test_lines_wait_in_memory_while_the_disk_is_full"""
+        ),
+    ),
+    Row(
+        number="10",
+        fault="power cut: order of fsync and rename",
+        tests=ids("unit/test_checkpoint.py::test_everything_is_on_disk_before_the_name_appears"),
+    ),
+    Row(number="11", fault="time limit, --signal", why=NEEDS_SLURM),
+    Row(number="12", fault="preemption", why=NEEDS_SLURM),
+    Row(number="13", fault="grace shorter than a save", why=f"{NEEDS_SLURM}; a kill in a save is row 1"),
+    Row(
+        number="14",
+        fault="signals in training, loading, twice, on one rank",
+        tests=ids(
+            """distributed/test_resume.py::test_a_stopped_and_killed_run_equals_a_straight_one
+            unit/test_loop.py::test_a_validation_that_was_due_at_the_stop_is_made_up_for
+            unit/test_guard.py cli/test_run_folder.py::test_ctrl_c_saves_and_the_same_command_goes_on"""
+        ),
+    ),
+    Row(
+        number="15",
+        fault="a second start after the end",
+        tests=ids("unit/test_loop.py::test_a_second_start_after_the_end_does_nothing"),
+    ),
+    Row(
+        number="16",
+        fault="two generations alive",
+        tests=ids(
+            """distributed/test_faults.py::test_an_old_process_that_wakes_up_harms_nothing
+            unit/test_saving.py::test_an_old_generation_cannot_publish
+            unit/test_saving.py::test_an_old_generation_cannot_delete
+            unit/test_metrics.py::test_a_process_that_was_overtaken_writes_nothing_into_the_new_file"""
+        ),
+    ),
+    Row(number="17", fault="node down, slurmd or controller killed", why=NEEDS_SLURM),
+    Row(
+        number="18",
+        fault="frozen rank",
+        tests=ids(
+            """distributed/test_faults.py::test_a_frozen_rank_is_named_and_all_stacks_are_written
+            unit/test_watchdog.py"""
+        ),
+    ),
+    Row(number="19", fault="a rank raises, is killed, leaves", tests=ids("unit/test_launch_node.py")),
+    Row(
+        number="20",
+        fault="other world size, micro-batch, accumulation",
+        tests=ids("distributed/test_resume.py::test_a_run_goes_on_at_another_world_size unit/test_schedule.py"),
+    ),
+    Row(
+        number="21",
+        fault="a value that is not finite, spikes",
+        tests=ids(
+            """distributed/test_faults.py::test_a_nan_on_one_rank_keeps_both_from_the_step_and_the_run_goes_on
+            distributed/test_faults.py::test_a_rollback_is_the_checkpoint_before_and_passes_over_the_data_since
+            distributed/test_two_ranks.py::test_a_nan_on_one_rank_stops_both_before_the_step
+            unit/test_loop.py unit/test_saving.py::test_a_poisoned_state_is_never_published"""
+        ),
+    ),
+    Row(number="22", fault="bad rows", tests=ids("cli/test_bad_data.py")),
+    Row(number="23", fault="tracker or Hub down", why="no row yet: there is no tracker, and training calls nobody"),
+    Row(number="24", fault="secrets", tests=ids("cli/test_secrets.py unit/test_redaction.py")),
+    Row(number="25", fault="malicious checkpoint or config", tests=ids("unit/test_malice.py")),
+    Row(number="26", fault="array of a sweep", why=NEEDS_SLURM),
+    Row(number="27", fault="chain of dependencies", why=NEEDS_SLURM),
+    Row(number="28", fault="changed code, config, data", tests=ids("cli/test_run_folder.py unit/test_markers.py")),
+)
+
+
+def run_tests(tests: tuple[str, ...], folder: Path) -> Tally:
+    """Run node ids and count their cases; one that is skipped is no point."""
+    report = folder / "report.xml"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tally = Tally()
+    if not report.exists():
+        tally.add("pytest", "it did not start")
+        return tally
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is None:
+            failed = [part for kind in ("failure", "error") for part in case.findall(kind)]
+            tally.add(str(case.get("name")), failed[0].get("message", "")[:200] if failed else "")
+    report.unlink()
+    return tally
+
+
+def do_row(row: Row, place: Place) -> tuple[str, str, str, str]:
+    """The cells of ``row`` after its number: points, survived, lost, seconds."""
+    if row.do is None and not row.tests:
+        return "-", "-", row.why, "-"
+    if place.quick and row.do is None:
+        return "-", "-", "by the tests themselves", "-"
+    began = time.monotonic()
+    tally = row.do(place) if row.do is not None else run_tests(row.tests, place.folder)
+    lost = " ".join("; ".join(tally.lost[:3]).split()).replace("|", "/") or "0"
+    return str(tally.points), str(tally.survived), lost, f"{time.monotonic() - began:.0f}"
+
+
+def main() -> int:
+    """Run the rows that are asked for and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", default="", help="numbers, comma separated; none: all")
+    parser.add_argument("--cycles", type=int, default=50)
+    parser.add_argument("--table", type=Path, help="write the table as Markdown into this file")
+    arguments = parser.parse_args()
+    if shutil.which("strace") is None:
+        print("strace is missing: apt-get install strace", file=sys.stderr)
+        return 2
+    chosen = [row for row in ROWS if not arguments.rows or row.number in arguments.rows.split(",")]
+    lines = ["| row | fault | points | survived | lost | s |", "|---|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    bad = False
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(
+            Path(folder), start_ranks(device="cpu", world_size=1, threads=1), arguments.quick, arguments.cycles
+        )
+        for row in chosen:
+            cells = do_row(row, place)
+            bad = bad or cells[0] != cells[1]
+            lines.append(f"| {row.number} | {row.fault} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    if arguments.table is not None:
+        arguments.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""A checkpoint or a config from somebody else: nothing in it is executed, nothing outside the run folder touched."""
+
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from safetensors import SafetensorError
+from train_fixtures import BASE, IDENTITY, tiny_strategy
+
+from trainer.compose import compose
+from trainer.distributed.ranks import start_ranks
+from trainer.errors import TrimtabError
+from trainer.fingerprint import digest, file_digest
+from trainer.paths import CHECKOUT
+from trainer.train.checkpoint.fence import claim
+from trainer.train.checkpoint.format import Checkpoint, DamagedCheckpoint, FileInfo, Manifest, verify
+from trainer.train.checkpoint.publish import save
+from trainer.train.checkpoint.resume import load
+from trainer.train.state import TrainState
+
+UNSAFE = re.compile(
+    r"\bpickle\.(load|loads|Unpickler)\b|\btorch\.load\(|\bdcp\.load\(|\byaml\.(full_load|unsafe_load)\(|\byaml\.load\([^,]*\)|\bmarshal\.load"
+    r"|\beval\(|\bexec\(|\binstantiate\(|allow_pickle=True|\bjoblib\.load\("
+)
+MODULE_METHODS = re.compile(r"\.eval\(\)")
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    strategy, _ = tiny_strategy(start_ranks(device="cpu", world_size=1), lora=True)
+    return save(strategy, claim(tmp_path / "c"), TrainState(step=4), identity=IDENTITY, base=BASE)
+
+
+def sealed(path: Path, **other: FileInfo) -> None:
+    """Make the manifest fit the files, as somebody would who can compute sha256; ``other`` files come to it."""
+    manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+    files = {name: FileInfo((path / name).stat().st_size, file_digest(path / name)) for name in manifest.files}
+    manifest = replace(manifest, files=files | other, sha256="")
+    (path / "manifest.json").write_bytes(msgspec.json.encode(replace(manifest, sha256=digest(manifest))))
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_executed(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "rank0.safetensors").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    sealed(checkpoint)
+    strategy, _ = tiny_strategy(start_ranks(device="cpu", world_size=1), lora=True)
+    with pytest.raises((SafetensorError, TrimtabError)):
+        load(strategy, Checkpoint(checkpoint, verify(checkpoint)))
+    assert not (tmp_path / "boom").exists()
+
+
+def test_the_bomb_would_go_off(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "boom")))
+    assert (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.json", "/etc/passwd", "rank0.pt", ".metadata", "sub/rank0.json", "rank0.json\n"]
+)
+def test_a_manifest_cannot_name_a_file_elsewhere_or_of_another_kind(checkpoint: Path, name: str) -> None:
+    (checkpoint.parent / "secret.json").write_text("{}")
+    (checkpoint / "rank0.pt").write_bytes(b"")
+    sealed(checkpoint, **{name: FileInfo(2, "0" * 64)})
+    with pytest.raises(DamagedCheckpoint, match=re.escape(f"{name} is missing")):
+        verify(checkpoint)
+
+
+def test_a_checkpoint_that_is_a_link_is_refused(checkpoint: Path) -> None:
+    moved = checkpoint.rename(checkpoint.parent / "elsewhere")
+    checkpoint.symlink_to(moved)
+    with pytest.raises(DamagedCheckpoint, match="it is a link to another place"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model:\n  _target_: os.system\n  path: x\n",
+        "model:\n  path: !!python/object/apply:os.system ['touch {boom}']\n",
+        "model:\n  path: !!python/name:os.system\n",
+    ],
+)
+def test_a_config_cannot_name_code(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    boom = tmp_path / "boom"
+    (folder / "evil.yaml").write_text(f"# @package _global_\n{text.replace('{boom}', str(boom))}")
+    with pytest.raises(TrimtabError):
+        compose(["+experiment=evil"], config_dir=tmp_path / "conf", cwd=tmp_path)
+    assert not boom.exists()
+
+
+def test_nothing_in_the_source_loads_code_from_data() -> None:
+    sources = [path for folder in ("trainer", "kernels", "launch") for path in (CHECKOUT / folder).rglob("*.py")]
+    found = [
+        f"{path.relative_to(CHECKOUT)}:{number}: {line.strip()}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if UNSAFE.search(MODULE_METHODS.sub("", line))
+    ]
+    assert len(sources) > 80
+    assert found == []

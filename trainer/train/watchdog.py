@@ -1,0 +1,228 @@
+"""A run that no longer moves ends by itself, names who stands still, and leaves the stacks of all ranks.
+
+A frozen rank keeps the others waiting in a collective for as long as the group's timeout, and then they all say "timed
+out" and nobody knows why. So a thread of every rank leaves a sign of life in the run folder, every few seconds: which
+phase and step its rank is in, a number that grows with every sign, and one that grows with every move of the training.
+It reads the signs of the others as well. Two things are wrong:
+
+- a rank whose signs have ceased: it is frozen or dead, whatever it was doing;
+- no move for too long while all ranks are in training steps. Validating and saving may take their time.
+
+Times are this process's own; clocks of two machines are never compared, and a process that was itself stopped for a
+while (a suspended job) begins anew. The rank that notices first has the others of
+its machine write their stacks (``faulthandler`` on SIGUSR2; one that is stopped is continued for that) and ends with an
+exit code of which the driver makes "run me again".
+"""
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from trainer.errors import EXIT_AGAIN
+
+TRAINING = "train"
+"""The phase that has to move."""
+SIGNS_PER_TIMEOUT = 10
+STACKS = signal.SIGUSR2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sign:
+    """``signs/rank{r}.json``. ``started``: of the process, in seconds since 1970; with the pid it names a process."""
+
+    pid: int
+    host: str
+    started: float
+    phase: str
+    step: int
+    count: int
+    moves: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The last sign of a rank and when, by our clock, its count and its moves were seen to change."""
+
+    sign: Sign
+    alive: float
+    moved: float
+
+
+class Watchdog:
+    """Leaves signs of this rank and watches those of all.
+
+    Args:
+        folder: where the signs lie; emptied of those of earlier starts by rank 0 before the ranks meet.
+        rank, world_size: of this process.
+        timeout: seconds.
+        end: what is done at last, with an exit code; it does not return.
+        now: the clock.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        *,
+        timeout: float,
+        end: Callable[[int], None] = os._exit,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._timeout, self._end, self._now = timeout, end, now
+        started = psutil.Process().create_time()
+        self._own = Sign(
+            pid=os.getpid(), host=socket.gethostname(), started=started, phase="start", step=0, count=0, moves=0
+        )
+        self._seen: dict[int, _Seen] = {}
+        self._looked = self._began = now()
+        self._mute = False
+        self._over = threading.Event()
+
+    def enter(self, phase: str, step: int) -> None:
+        """The training begins ``phase`` of ``step``."""
+        self._own = replace(self._own, phase=phase, step=step, moves=self._own.moves + 1)
+
+    def move(self) -> None:
+        """Something was done within the phase."""
+        self._own = replace(self._own, moves=self._own.moves + 1)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the block runs."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._begin_anew(self._now())
+        self._looked = self._began
+        self.give_sign()
+        faulthandler.register(STACKS, file=2, all_threads=True)
+        thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            faulthandler.unregister(STACKS)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._timeout / SIGNS_PER_TIMEOUT):
+            self.give_sign()
+            trouble = self.look()
+            if trouble:
+                self._raise_alarm(trouble)
+                return
+
+    def give_sign(self) -> None:
+        """Leave a sign of life; half a sign is never seen. A disk that fails is remembered, and is no error here."""
+        self._own = replace(self._own, count=self._own.count + 1)
+        path = self._folder / f"rank{self._rank}.json"
+        partial = path.with_suffix(".new")
+        try:
+            partial.write_bytes(msgspec.json.encode(self._own))
+            partial.replace(path)
+            self._mute = False
+        except OSError:
+            self._mute = True
+
+    def look(self) -> str:
+        """What is wrong, in words; empty: nothing."""
+        now = self._now()
+        if now - self._looked > self._timeout / 2:
+            self._begin_anew(now)  # this process was stopped itself, perhaps with all the others: nobody can be blamed
+        self._looked = now
+        for rank in range(self._world_size):
+            sign = self._own if rank == self._rank else read_sign(self._folder / f"rank{rank}.json")
+            if sign is not None:
+                self._note(rank, sign, now)
+        if self._mute:
+            self._begin_anew(now)  # whoever cannot leave signs must not expect any: the disk is at fault
+            return ""
+        silent = [text for rank in range(self._world_size) if rank != self._rank and (text := self._silence(rank, now))]
+        return "; ".join(silent) or self._standstill(now)
+
+    def _begin_anew(self, now: float) -> None:
+        self._seen.clear()
+        self._began = now
+
+    def _silence(self, rank: int, now: float) -> str:
+        seen = self._seen.get(rank)
+        if now - (self._began if seen is None else seen.alive) <= self._timeout:
+            return ""
+        if seen is None:
+            return f"rank {rank} has given no sign of life for {now - self._began:.0f} s: frozen or dead"
+        sign = seen.sign
+        return (
+            f"rank {rank} (process {sign.pid} on {sign.host}) has given no sign of life for {now - seen.alive:.0f} s, "
+            f"last in '{sign.phase}' of step {sign.step}: frozen or dead"
+        )
+
+    def _note(self, rank: int, sign: Sign, now: float) -> None:
+        before = self._seen.get(rank)
+        if before is None or before.sign.pid != sign.pid:
+            self._seen[rank] = _Seen(sign, now, now)
+            return
+        alive = now if sign.count != before.sign.count or rank == self._rank else before.alive
+        moved = now if sign.moves != before.sign.moves else before.moved
+        self._seen[rank] = _Seen(sign, alive, moved)
+
+    def _standstill(self, now: float) -> str:
+        all_train = len(self._seen) == self._world_size and all(
+            seen.sign.phase == TRAINING for seen in self._seen.values()
+        )
+        if not all_train or min(now - seen.moved for seen in self._seen.values()) <= self._timeout:
+            return ""
+        latest = max((seen.sign.step, seen.sign.moves) for seen in self._seen.values())
+        behind = [rank for rank, seen in self._seen.items() if (seen.sign.step, seen.sign.moves) < latest]
+        who = f"rank {', '.join(map(str, sorted(behind)))} is behind the others" if behind else "all ranks are"
+        where = f"in step {min(seen.sign.step for seen in self._seen.values())}"
+        return f"nothing has moved for {self._timeout:.0f} s: {who} {where}"
+
+    def _raise_alarm(self, trouble: str) -> None:
+        text = f"=== stacks of rank {self._rank}, because {trouble}\n"
+        _write(text)
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        for rank, seen in self._seen.items():
+            if rank != self._rank and seen.sign.host == self._own.host and is_running(seen.sign):
+                _write(f"=== rank {rank} was asked to write its stacks into its own log\n")
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(seen.sign.pid, STACKS)
+                    os.kill(seen.sign.pid, signal.SIGCONT)
+        _write(f"error: {trouble}. The run ends; the same command goes on from the newest checkpoint\n")
+        self._end(EXIT_AGAIN)
+
+
+def read_sign(path: Path) -> Sign | None:
+    """The last sign of a rank; None: there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Sign)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def is_running(sign: Sign) -> bool:
+    """Whether the process that left ``sign`` on this machine is still that process."""
+    try:
+        return abs(psutil.Process(sign.pid).create_time() - sign.started) < 1.0
+    except psutil.Error:
+        return False
+
+
+def clear_signs(folder: Path) -> None:
+    """Remove the signs of earlier starts; by rank 0, before the others begin to read."""
+    for path in folder.glob("rank*.json"):
+        path.unlink(missing_ok=True)
+
+
+def _write(text: str) -> None:
+    os.write(2, text.encode())  # the main thread may hold the lock of sys.stderr
