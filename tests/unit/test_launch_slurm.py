@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from plan_fixtures import planned
 
@@ -20,10 +21,13 @@ from trainer.drive.queue import job_comment, job_lines, job_name
 from trainer.drive.run import do_new
 from trainer.drive.submit import batch_spec, devices_of_job, first_missing
 from trainer.errors import RunError
+from trainer.fingerprint import digest
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder, shipped_slurm
 from trainer.plan import make_plan
 from trainer.rules import check
+from trainer.train.checkpoint.format import FORMAT, FileInfo, Manifest, checkpoint_path
+from trainer.train.state import TrainState
 from trainer_launch.batch_script import (
     BatchSpec,
     batch_script,
@@ -343,6 +347,36 @@ def test_starts_without_progress_are_counted_from_the_last(tmp_path: Path) -> No
     before = progress_of(folder)
     write_marker(folder, Marker(stage="prepare", inputs="", seconds=0.0, finished="2026-01-01"))
     assert progress_of(folder) != before
+
+
+def checkpoint(folder: RunFolder, step: int) -> Path:
+    path = checkpoint_path(folder.checkpoints, step)
+    path.mkdir(parents=True)
+    (path / "rank0.json").write_bytes(b"{}")
+    made = Manifest(
+        format=FORMAT,
+        step=step,
+        identity="",
+        base="",
+        world_size=1,
+        state=TrainState(step=step),
+        shapes={},
+        files={"rank0.json": FileInfo(2, "")},
+    )
+    encoded = msgspec.json.encode(dataclasses.replace(made, sha256=digest(made)))
+    (path / "manifest.json").write_bytes(encoded)
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_progress(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(folder, 2)
+    first = progress_of(folder)
+    assert "step-00000002" in first
+    newer = checkpoint(folder, 4)
+    assert "step-00000004" in progress_of(folder)
+    (newer / "rank0.json").write_bytes(b"{")
+    assert progress_of(folder) == first
 
 
 def test_after_a_hold_the_count_begins_anew(tmp_path: Path) -> None:

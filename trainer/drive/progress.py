@@ -39,7 +39,7 @@ def progress_of(folder: RunFolder) -> str:
 
 
 def _newest_whole(folder: RunFolder) -> str:
-    for path in reversed(published(folder.checkpoints)):
+    for path in published(folder.checkpoints):  # the newest first
         try:
             return f"{path.name} {verify(path, contents=False).sha256[:12]}"
         except DamagedCheckpoint:
