@@ -47,8 +47,8 @@ LOCK_SECONDS = 180.0
 class Step:
     """The command of a job's step, and the signals that came meanwhile."""
 
-    def __init__(self, job: int) -> None:
-        self._job = job
+    def __init__(self, here: Allocation) -> None:
+        self._here = here
         self._events: SimpleQueue[signal.Signals | None] = SimpleQueue()
         self.signalled = threading.Event()
         for number in HEEDED:
@@ -72,15 +72,17 @@ class Step:
         self._events.put(None)
 
     def _pass_on(self, number: signal.Signals) -> None:
-        console.note(f"{number.name} came to the batch step: asking the processes of the job to stop")
-        # scancel asks for minutes whether a job that is ending has ended; nobody waits for it
-        threading.Thread(target=self._signal_processes, daemon=True).start()
+        threading.Thread(target=self._ask_processes, args=(number,), daemon=True).start()  # nobody waits for Slurm
 
-    def _signal_processes(self) -> None:
+    def _ask_processes(self, number: signal.Signals) -> None:
+        """Not in a job that is ending: Slurm has told them, and scancel would try until the next start of it runs."""
         try:
-            slurm.signal_steps(self._job, "USR1")
+            if not still_runs(self._here):
+                return
+            console.note(f"{number.name} came to the batch step alone: asking the processes of the job to stop")
+            slurm.signal_steps(self._here.job, "USR1")
         except SlurmError as fault:
-            console.warn(f"they could not be reached: {fault}")
+            console.warn(f"the processes of the job could not be told of {number.name}: {fault}")
 
 
 def agent_words(plan: RunPlan, verb: str, here: Allocation) -> tuple[str, ...]:
@@ -141,7 +143,7 @@ def run_job(folder: RunFolder, verb: str, command: Sequence[str]) -> int:
             got="a process outside of any (no SLURM_JOB_ID)",
             do="python -m trainer ... launch=slurm submits one; slurm/README.md shows a script of one's own",
         )
-    step = Step(here.job)
+    step = Step(here)
     console.say(f"job {here.job}, start {here.restarts + 1}, on {here.node_list}: {folder.root}")
     other = older_job(here.job)
     if other is not None:
@@ -234,25 +236,25 @@ def carry_out(decision: Decision, here: Allocation) -> int:
     call = slurm.requeue if decision.next is Next.REQUEUE else slurm.hold
     for _ in range(TRIES):
         try:
-            call(here.job)
+            if still_runs(here):  # asked again after a lost reply
+                call(here.job)
             break
         except NoAnswer as fault:
-            console.warn(f"no answer to the request to {decision.next.value}: {fault}")
+            console.warn(f"no answer to the request to {decision.next.value} the job: {fault}")
             time.sleep(PAUSE)
-            if not _still_runs(here):
-                break
         except SlurmError as fault:
-            if _still_runs(here):
-                console.error(f"Slurm refused to {decision.next.value} the job: {fault}. The same command goes on")
+            console.error(f"Slurm refused to {decision.next.value} the job: {fault}. The same command goes on")
             break
     return decision.code
 
 
-def _still_runs(here: Allocation) -> bool:
-    try:
-        job = slurm.show(here.job)
-    except SlurmError:
-        return True
+def still_runs(here: Allocation) -> bool:
+    """Whether the controller has this start of the job as running, and nothing else in mind for it.
+
+    Raises:
+        SlurmError: it does not answer.
+    """
+    job = slurm.show(here.job)
     return job.state == "RUNNING" and job.restarts == here.restarts
 
 
