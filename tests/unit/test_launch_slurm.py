@@ -197,6 +197,7 @@ RUNNING = Job(id=1, state="RUNNING", restarts=1)
         (75, Job(id=1, state="CANCELLED", restarts=1), 0, Next.NOTHING, 75),
         (76, Job(id=1, state="COMPLETING", restarts=1), 0, Next.NOTHING, 76),
         (75, Job(id=1, state="COMPLETING", restarts=2), 9, Next.NOTHING, 75),  # requeued by Slurm
+        (75, Job(id=1, state="RUNNING", restarts=2), 0, Next.NOTHING, 75),  # a newer start runs, on other machines
         (75, None, 0, Next.NOTHING, 75),
     ],
 )
