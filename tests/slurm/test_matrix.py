@@ -125,9 +125,10 @@ def test_a_node_cut_off_and_back(lab: Cluster, counted: Counted) -> None:
 
 def test_a_controller_that_restarts(lab: Cluster, counted: Counted) -> None:
     """The stop comes while nobody can be asked: the job waits for the controller, and is requeued once."""
-    job = on(counted, lab, 0)
+    job = on(counted, lab, 0, total=40 * PER_SECOND)
     counts(counted)
-    until(lambda: (counted.folder.root / "count").exists(), "it has saved")
+    state, began = lab.folder / "state" / "job_state", (counted.folder.root / "journal").stat().st_mtime
+    until(lambda: state.exists() and state.stat().st_mtime > began + 1, "the controller has saved that the job runs")
     (program,) = [step for step in lab.processes(str(counted.folder.root)) if "counter.py" in step.cmdline()[1]]
     lab.kill("slurmctld")
     program.send_signal(signal.SIGUSR1)

@@ -172,7 +172,9 @@ def test_the_loop_leaves_no_thread_however_it_ends(
 
     loss.register_forward_hook(interfere)
     settings = Settings(seed=1, lr=lambda step: 1e-3, validate_every=100, save_every=100, judge=Judge(metric="loss"))
-    hooks = Hooks(validate=None, save=lambda state, required: None, record=lambda record, figures: None, warn=lambda _: None)
+    hooks = Hooks(
+        validate=None, save=lambda state, required: None, record=lambda record, figures: None, warn=lambda _: None
+    )
     with pytest.raises(error) if error is not None else nullcontext():
         train(strategy, source, settings, hooks, TrainState(), stop)
     assert seen[:6] == [[AHEAD]] * 6
