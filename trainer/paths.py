@@ -18,6 +18,12 @@ def shipped_conf() -> Path:
     return inside if inside.is_dir() else CHECKOUT / "conf"
 
 
+def shipped_slurm() -> Path:
+    """The folder of batch templates that comes with the package: inside it in a wheel, beside it in a checkout."""
+    inside = PACKAGE / "slurm"
+    return inside if inside.is_dir() else CHECKOUT / "slurm"
+
+
 def conf_directories(extra: Path | None, cwd: Path) -> list[Path]:
     """Config folders in search order: ``extra`` (``--config-dir``), ``./conf`` of the user, the shipped one."""
     candidates = [extra, cwd / "conf", shipped_conf()]
@@ -138,6 +144,21 @@ class RunFolder:
     def deepspeed_json(self) -> Path:
         """DeepSpeed's config under ZeRO, as the ranks make it of the plan."""
         return self.launch / "deepspeed.json"
+
+    @property
+    def job_sbatch(self) -> Path:
+        """The batch script of the Slurm job."""
+        return self.launch / "job.sbatch"
+
+    @property
+    def job_json(self) -> Path:
+        """The Slurm job that was submitted last."""
+        return self.launch / "job.json"
+
+    @property
+    def starts_json(self) -> Path:
+        """Starts of Slurm jobs since a person submitted or released one, and how they ended."""
+        return self.launch / "starts.json"
 
     @property
     def logs(self) -> Path:

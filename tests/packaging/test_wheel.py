@@ -59,6 +59,7 @@ def test_the_wheel_has_three_packages_and_the_config(built: Path) -> None:
     assert tops == {"trainer", "trainer_kernels", "trainer_launch"}
     for needed in (
         "trainer/conf/config.yaml",
+        "trainer/slurm/job.sbatch",
         "trainer/conf/experiment/legal_lora.yaml",
         "trainer/py.typed",
         "trainer_kernels/py.typed",

@@ -125,16 +125,6 @@ def test_launch_keys_that_cannot_be_meant(overrides: list[str], where: str, what
     assert [(problem.where, problem.what) for problem in launch_rules(config)] == [(where, what)]
 
 
-def test_slurm_is_refused_with_what_to_do_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError) as caught:
-        compose(["model=tiny", "launch=slurm"], config_dir=None, cwd=tmp_path)
-    (problem,) = caught.value.problems
-    assert problem.what == "runs cannot be submitted to Slurm yet"
-    assert problem.got == "slurm on a machine without sbatch"
-    assert "srun --ntasks-per-node=1" in problem.do
-
-
 def test_the_batch_is_divided_among_the_ranks_of_all_machines(tmp_path: Path) -> None:
     plan = planned(tmp_path, *TORCHRUN, "launch.processes=2", "optim.batch_packs=12")
     assert (plan.nodes, plan.processes, plan.world_size, plan.accumulation) == (2, 2, 4, 3)

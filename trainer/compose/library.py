@@ -5,7 +5,6 @@ file is read by itself, so that a message can name it.
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -184,16 +183,6 @@ NOT_OFFERED = {
 def unknown_choice(where: str, group: str, name: object, library: Library) -> Problem:
     """Say that a group has no such choice, which ones it has, and where one could be added."""
     choices = list(library.groups.get(group, {}))
-    if (group, name) == ("launch", "slurm"):
-        return Problem(
-            what="runs cannot be submitted to Slurm yet",
-            where=where,
-            got="slurm" + ("" if shutil.which("sbatch") else " on a machine without sbatch"),
-            allowed=", ".join(choices),
-            do="in an allocation of your own, one agent per machine: srun --ntasks-per-node=1 bash -c 'python -m "
-            "trainer ... launch=torchrun launch.nodes=$SLURM_NNODES launch.address=FIRST_NODE --node-rank "
-            "$SLURM_NODEID'",
-        )
     if group == "parallel" and (why := NOT_OFFERED.get(str(name))):
         do = (
             "parallel=fsdp with model.activation_checkpointing=true and a smaller packing.capacity; see docs/layouts.md"

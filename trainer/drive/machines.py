@@ -49,12 +49,14 @@ class Typed:
 class Place:
     """Which of the machines this is. ``config`` says how many there are and where they meet.
 
-    ``only_starts``: none of them, this process starts the others or says how.
+    ``only_starts``: none of them, this process starts the others or says how. ``submits``: none of them, it puts a job
+    into the queue.
     """
 
     config: Config
     node: int = 0
     only_starts: bool = False
+    submits: bool = False
 
 
 def find_place(config: Config, typed: Typed, *, together: bool) -> Place:
@@ -76,6 +78,10 @@ def find_place(config: Config, typed: Typed, *, together: bool) -> Place:
                 do="launch=torchrun launch.nodes=N launch.address=HOST, or leave it out",
             )
         return Place(config=config)
+    if config.launch.name == "slurm":
+        config = replace(config, launch=replace(config.launch, nodes=config.launch.nodes or 1))
+        if typed.node_rank is None:  # in the job, the agents are told their numbers
+            return Place(config=config, submits=together)
     outside = told_by_environment()
     node = outside.node_rank if typed.node_rank is None else typed.node_rank
     config = replace(config, launch=located(config.launch, outside, node))

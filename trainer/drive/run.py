@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from trainer import console
 from trainer.compose import compose, config_text
 from trainer.config import Config
+from trainer.drive.deadline import stopping_in_time
 from trainer.drive.environment import usable_cores
 from trainer.drive.folder import make_folder, require_same_identity, write_inputs
 from trainer.drive.lock import hold
@@ -17,6 +18,7 @@ from trainer.drive.machines import Typed, chaired, find_place, follow, start_all
 from trainer.drive.overview import show_end, show_imagined, show_plan, show_start
 from trainer.drive.prepared import read_prepared, read_schedule, settled
 from trainer.drive.stages import DriverJob, Programs, launch_spec, mark_done, pending, run_stages
+from trainer.drive.submit import devices_of_job, submit_run
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
 from trainer.imagined import imagined
 from trainer.markers import BY_RANKS, STAGES, read_marker
@@ -114,6 +116,9 @@ def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int
     """Do what falls to this machine: everything, node 0's part, another node's, or saying what to type on each."""
     together = any(stage in BY_RANKS for stage in VERBS[verb].stages)
     place = find_place(config, typed, together=together)
+    if place.submits:
+        plan = make_plan(place.config, devices=devices_of_job(place.config), cwd=typed.cwd)
+        return submit_run(plan, verb, cwd=typed.cwd, check=lambda folder: _left_to_do(verb, plan, folder))
     if place.only_starts:
         plan = make_plan(place.config, devices=_assumed_devices(place.config), cwd=typed.cwd)
         return start_all(plan, typed)
@@ -132,14 +137,14 @@ def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
     folder = RunFolder(Path(plan.run_dir))
     make_folder(folder)
     with hold(folder.lock, verb) as lock:
-        require_same_identity(folder, plan)
-        _require_finished(folder, plan, VERBS[verb].needs)
-        todo = pending(plan, folder, VERBS[verb].stages)
+        todo = _left_to_do(verb, plan, folder)
         if todo:
             folder.done.unlink(missing_ok=True)
             write_inputs(folder, plan)
             show_start(plan, folder, todo)
-        with chaired(plan, folder, todo) as chair:
+        minutes, grace = plan.config.run.time_limit, plan.config.launch.grace
+        limit = None if minutes is None else minutes * 60
+        with stopping_in_time(limit, grace=grace), chaired(plan, folder, todo) as chair:
             job = DriverJob(plan=plan, folder=folder, lock=lock, command=command, programs=programs, chair=chair)
             code = run_stages(job, VERBS[verb].stages)
             if code != EXIT_DONE:
@@ -148,6 +153,13 @@ def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
                 chair.ends_with(EXIT_DONE)
         _finish(verb, plan, folder, was_done=not todo)
     return EXIT_DONE
+
+
+def _left_to_do(verb: str, plan: RunPlan, folder: RunFolder) -> list[str]:
+    """The stages of ``verb`` that are pending; refuses a folder of another run, or a stage that is not its turn."""
+    require_same_identity(folder, plan)
+    _require_finished(folder, plan, VERBS[verb].needs)
+    return pending(plan, folder, VERBS[verb].stages)
 
 
 def _finish(verb: str, plan: RunPlan, folder: RunFolder, *, was_done: bool) -> None:

@@ -18,6 +18,7 @@ from trainer.console import gigabytes
 from trainer.drive.lock import holder_of
 from trainer.drive.overview import comparison, time_rows
 from trainer.drive.prepared import read_scores
+from trainer.drive.queue import job_lines
 from trainer.errors import RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
@@ -55,6 +56,8 @@ def show_run(folder: RunFolder, *, contents: bool = False) -> None:
     """State, stages, curves, throughput, scores and checkpoints of one run."""
     plan, records = _plan(folder), read_records(folder.metrics_jsonl)
     console.say(f"run {plan.name}/{plan.identity} in {folder.root}: {state_of(folder, records)}")
+    for line in job_lines(folder):
+        console.say(line)
     console.table(["stage", "time", ""], stage_rows(folder), title="Stages")
     if records:
         console.table(["", ""], [list(row) for row in training_rows(records)], title="Training")

@@ -9,6 +9,7 @@ from trainer.errors import Problem
 from trainer.rules.data import legal_rules, source_rules, split_rules
 from trainer.rules.evaluation import generation_rules, task_rules, validation_rules
 from trainer.rules.launch import launch_rules
+from trainer.rules.launch_slurm import slurm_rules
 from trainer.rules.matrix import matrix_rules
 from trainer.rules.run_folder import name_rules, secret_rules
 from trainer.rules.training import method_rules, model_rules, optim_rules, packing_rules, parallel_rules
@@ -28,6 +29,7 @@ RULES = (
     parallel_rules,
     launch_rules,
     matrix_rules,
+    slurm_rules,
     generation_rules,
     validation_rules,
     secret_rules,

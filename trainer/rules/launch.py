@@ -16,6 +16,8 @@ def launch_rules(config: Config) -> Iterator[Problem]:
     if launch.name == "local":
         yield from no_effect("launch", launch, SEVERAL, "launch=local", "launch=torchrun, or remove it")
         return
+    if launch.name == "slurm":
+        return  # launch_slurm.py
     if launch.address is not None and parse_address(launch.address) is None:
         yield Problem(
             what="is no address",
