@@ -70,7 +70,7 @@ def test_everything_wrong_with_a_command_line_is_said_at_once(tmp_path: Path) ->
     ("override", "allowed", "do"),
     [
         ("experiment=legal_lroa", "legal_full, legal_lora, legal_sft, smoke", "did you mean 'legal_lora'?"),
-        ("method=qlora", "full, lora", "did you mean 'lora'?"),
+        ("method=lroa", "full, lora, qlora", "did you mean 'lora'?"),
         ("methd=full", "run, model, data, task, method, optim, packing", "did you mean 'method'?"),
         ("optim.learning_rate=1", "lr, betas, eps", "did you mean 'optim.lr'?"),
         ("lora_r=8", "run, model, data", "did you mean 'method.rank'?"),
