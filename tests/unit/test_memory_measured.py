@@ -58,7 +58,9 @@ SAVED = [
 
 
 @pytest.mark.parametrize(
-    "of", SAVED, ids=lambda of: f"{of.method}-{of.dtype}-{of.shape.hidden}-{of.checkpointing}-{of.backend}"
+    "of",
+    [pytest.param(of, marks=[pytest.mark.slow] if of.backend == PARTS else []) for of in SAVED],
+    ids=lambda of: f"{of.method}-{of.dtype}-{of.shape.hidden}-{of.checkpointing}-{of.backend}",
 )
 def test_what_autograd_saves_for_three_more_layers(of: Trial) -> None:
     """A difference, so that what is around the layers does not count."""

@@ -49,18 +49,12 @@ def test_without_deepspeed_the_plan_says_what_to_install(tmp_path: Path, name: s
     assert planned(tmp_path, "parallel=fsdp", devices=Devices(gpus=4, cores=8, deepspeed=False)).strategy == "fsdp"
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_the_driver_looks_whether_deepspeed_is_installed(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
-    asked: list[str] = []
-
-    def find_spec(name: str) -> object:
-        asked.append(name)
-        return object() if found else None
-
-    monkeypatch.setattr(run, "find_spec", find_spec)
+@pytest.mark.parametrize("found", ["deepspeed", "bitsandbytes"])
+def test_the_driver_looks_what_is_installed(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: object() if name == found else None)
     monkeypatch.setattr(run, "visible_gpus", lambda: 0)
-    assert run._devices(Config()).deepspeed is found
-    assert asked == ["deepspeed"]
+    devices = run._devices(Config())
+    assert (devices.deepspeed, devices.bitsandbytes) == (found == "deepspeed", found == "bitsandbytes")
 
 
 def test_compiled_layers_are_refused_with_zero3(tmp_path: Path) -> None:
