@@ -24,11 +24,12 @@ def divided(name: str) -> list[str]:
     ("name", "method"),
     [
         ("zero3", "lora"),
-        pytest.param("zero3", "full", marks=pytest.mark.slow),
-        pytest.param("zero2", "lora", marks=pytest.mark.slow),
-        pytest.param("zero1", "full", marks=pytest.mark.slow),
+        ("zero3", "full"),
+        ("zero2", "lora"),
+        ("zero1", "full"),
     ],
 )
+@pytest.mark.slow  # the quick tests have two ranks of each stage, and one whole run of several ranks: test_fsdp_run.py
 def test_a_divided_run_exports_what_one_process_exports(tmp_path: Path, name: str, method: str) -> None:
     folder = RunFolder(tmp_path / "run")
     words = [*METHODS[method], STEPS]
