@@ -1,4 +1,4 @@
-"""Hold plain values (dicts, lists, numbers, text) against the dataclasses of ``config.py``.
+"""Hold plain values (dicts, lists, numbers, text) against the dataclasses of ``config/``.
 
 msgspec stops at the first value that does not fit and knows nothing of near misses. This walk goes on, so that a user
 sees every misspelt key and every wrong value of a config at once, each with what is allowed there.

@@ -1,7 +1,7 @@
 """``conf/`` and the command line become a ``Config``, or one error that lists everything wrong with them.
 
 The only package that knows Hydra and OmegaConf. Hydra composes the groups; values are laid over the defaults of the
-dataclasses in ``config.py`` and held against their types by ``schema.py``. Hydra itself stops at the first problem
+dataclasses in ``config/`` and held against their types by ``schema.py``. Hydra itself stops at the first problem
 and names neither file nor nearest key; a job that waited in a queue should not fail five times for five typing errors.
 Nothing is ever instantiated: ``_target_`` is an unknown key like any other, and YAML tags are refused.
 """
@@ -30,7 +30,7 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> 
     """Return the config that the groups, the experiment and ``overrides`` make together.
 
     Overrides are Hydra's: ``group=choice``, ``key=value``, ``+key=value``, ``++key=value``, ``~key`` (back to the
-    default), and ``experiment=NAME`` with or without ``+``. A key that ``config.py`` does not know is an error with
+    default), and ``experiment=NAME`` with or without ``+``. A key that ``config/`` does not know is an error with
     any of these signs.
 
     Raises:
@@ -129,7 +129,7 @@ def expand_multirun(overrides: Sequence[str], *, config_dir: Path | None, cwd: P
 
 
 def config_text(config: Config) -> str:
-    """Return the whole config as YAML, sections in the order of ``config.py``."""
+    """Return the whole config as YAML, sections in the order of ``config/``."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from types import FrameType
 
 from trainer import console
-from trainer.config import LaunchConfig
+from trainer.config.launch import LaunchConfig
 from trainer.drive.lock import holder_of
 from trainer.drive.progress import Start, progress_of, read_starts, stalls, write_starts
 from trainer.drive.queue import COMMENT

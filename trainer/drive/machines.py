@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer import console
-from trainer.config import Config, LaunchConfig
+from trainer.config import Config
+from trainer.config.launch import LaunchConfig
 from trainer.drive.folder import make_folder
 from trainer.drive.lock import hold
 from trainer.drive.preflight import facts, hello_of, token_left, why_not
