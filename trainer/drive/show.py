@@ -6,7 +6,6 @@ compared with their manifests, by names and sizes; ``--verify`` reads every byte
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -19,24 +18,16 @@ from trainer.drive.lock import holder_of
 from trainer.drive.overview import comparison, time_rows
 from trainer.drive.prepared import read_scores
 from trainer.drive.queue import job_lines
-from trainer.errors import RunError
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, flat_identity, load_plan
+from trainer.records import Curve, as_number, curve_of, read_records
 from trainer.train.checkpoint.format import DamagedCheckpoint, published, read_manifest, verify
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
 """Columns of a curve."""
 DIGITS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """``values`` of one figure over a run, at ``steps``."""
-
-    steps: list[int]
-    values: list[float]
 
 
 def show_runs(runs: Sequence[Path], *, contents: bool = False) -> None:
@@ -89,25 +80,6 @@ def _plan(folder: RunFolder) -> RunPlan:
     return load_plan(folder.plan_json.read_bytes())
 
 
-def read_records(path: Path) -> list[Mapping[str, object]]:
-    """The lines of ``metrics.jsonl``; a last line that is still being written is left out.
-
-    Raises:
-        RunError: another line is not a step.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    try:
-        return [msgspec.json.decode(line, type=dict[str, object]) for line in lines if line.endswith(b"\n")]
-    except msgspec.DecodeError as fault:
-        raise RunError(
-            "the record of this run has a line that is not a step",
-            where=str(path),
-            got=str(fault),
-            allowed="one JSON object per line",
-            do="remove the line, or move the file away",
-        ) from fault
-
-
 def state_of(folder: RunFolder, records: Sequence[Mapping[str, object]]) -> str:
     """``done``, ``running``, or how far it got."""
     holder = holder_of(folder.lock)
@@ -140,8 +112,8 @@ def training_rows(records: Sequence[Mapping[str, object]]) -> list[tuple[str, st
         rows.append(
             ("tokens per second", f"{statistics.median(speeds.values):,.0f} (median of {len(speeds.steps)} steps)")
         )
-    rows.append(("steps, epochs, tokens", f"{last['step']}, {_number(last.get('epoch')):.2f}, {last['tokens']:,}"))
-    rows.append(("peak memory", f"{_number(last.get('memory_gb')):.2f} GB on rank 0"))
+    rows.append(("steps, epochs, tokens", f"{last['step']}, {as_number(last.get('epoch')):.2f}, {last['tokens']:,}"))
+    rows.append(("peak memory", f"{as_number(last.get('memory_gb')):.2f} GB on rank 0"))
     rows.append(("time of a step", time_shares(records)))
     return rows
 
@@ -149,17 +121,6 @@ def training_rows(records: Sequence[Mapping[str, object]]) -> list[tuple[str, st
 def _other_validation_figures(records: Sequence[Mapping[str, object]]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record if name.startswith("val_"))
     return [name for name in names if name != "val_loss"]
-
-
-def curve_of(records: Sequence[Mapping[str, object]], name: str) -> Curve | None:
-    """The figure ``name`` at the steps that have it; None when no step has. Not finite ones ("nan") are left out."""
-    found = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
-    steps, values = [int(_number(step)) for step, _ in found], [_number(value) for _, value in found]
-    return Curve(steps, values) if found else None
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
