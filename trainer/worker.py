@@ -30,6 +30,7 @@ from trainer.rank.model import (
     whole_model,
 )
 from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
+from trainer.rank.spending import open_book
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -61,15 +62,17 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
             traces=folder.logs,
         )
+        book = open_book(folder, ranks)
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
-            job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)
+            job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop, book=book)
             todo = ranks.gather(
                 [s for s in BY_RANKS if s in stages and not is_current(folder, s, stage_inputs(plan, s))]
             )
             if todo[0]:
                 do_stages(job, todo[0])
         finally:
+            book.close()
             ranks.close()
 
 
