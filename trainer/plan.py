@@ -278,7 +278,7 @@ def identity_of(config: Config, of_model: str, of_data: str) -> str:
 
 def flat_identity(plan: RunPlan) -> dict[str, Any]:
     """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
-    return flat(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
+    return flatten(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
 
 
 def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
@@ -292,11 +292,12 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
     ]
 
 
-def flat(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
     flat: dict[str, Any] = {}
     for name, value in parts.items():
         if isinstance(value, dict) and name != "columns":
-            flat |= flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
+            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
