@@ -78,9 +78,7 @@ def compare(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     rows = len(first)
     gained = sum(after and not before for before, after in zip(first, second, strict=True))
     lost = sum(before and not after for before, after in zip(first, second, strict=True))
-    return Paired(
-        rows, gained, lost, (gained - lost) / rows, of_difference(first, second), mcnemar(gained, lost)
-    )
+    return Paired(rows, gained, lost, (gained - lost) / rows, of_difference(first, second), mcnemar(gained, lost))
 
 
 def of_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
