@@ -111,6 +111,19 @@ class Cost:
         return None if each is None else self.gpu_hours * each
 
 
+def totals(cost: Cost) -> dict[str, float | None]:
+    """The sums of ``cost`` by name and unit, for a record: hours, kWh, grams, money; None: unknown."""
+    return {
+        "gpu_hours": cost.gpu_hours,
+        "core_hours": cost.core_hours,
+        "kwh": cost.kwh,
+        "kwh_building": cost.kwh_building,
+        "co2_g": cost.co2_g,
+        "measured_share": cost.measured_share,
+        "price": cost.price,
+    }
+
+
 def cost_of(account: Account, factors: Factors) -> Cost | None:
     """Add up the lines of a run; None where there are none: nothing was written down, which is not "nothing spent"."""
     spells = account.spells

@@ -13,8 +13,8 @@ from trainer.drive.look.html import Markup, element, join
 from trainer.records import Curve
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 30
-COLOURS = 8
+LEFT, RIGHT, TOP, BOTTOM = 56, 22, 10, 30
+COLOURS, DASHES = 8, 4
 MOST = 120
 """Points of a line; of longer curves, means of neighbours."""
 TICKS = 5
@@ -139,21 +139,22 @@ def _line(one: Series, across: Axis, up: Axis) -> Markup:
         )
         for x, y, step, value in points
     ]
-    return element("g", element("polyline", points=drawn), dots, class_=_class(one))
+    return element("g", element("polyline", points=drawn), dots, class_=f"series {look_of(one.colour)}")
 
 
 def _legend(one: Series) -> Markup:
     swatch = element(
         "svg",
-        element("g", element("polyline", points="0,6 34,6"), class_=_class(one)),
+        element("g", element("polyline", points="0,6 34,6"), class_=f"series {look_of(one.colour)}"),
         viewBox="0 0 34 12",
         aria_hidden="true",
     )
     return element("li", swatch, element("span", one.name))
 
 
-def _class(one: Series) -> str:
-    return f"series c{one.colour % COLOURS} d{one.colour % 4}"
+def look_of(colour: int) -> str:
+    """Classes of the line of that number: colours first, and other dashes with each round of colours."""
+    return f"c{colour % COLOURS} d{(colour + colour // COLOURS) % DASHES}"
 
 
 def _in_words(one: Series) -> str:

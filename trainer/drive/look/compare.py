@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
+from trainer import cost_text
 from trainer.console import format_seconds
 from trainer.drive.look import wording
 from trainer.drive.look.gather import TUNED, RunLook
 from trainer.drive.look.scores import Figure, hold_against
-from trainer.drive.look.tables import INTERVALS, Table, cost_warnings, factors_text
+from trainer.drive.look.tables import INTERVALS, Table
 from trainer.plan import RunPlan, flat_identity, flatten
 from trainer.redaction import redact
 
@@ -128,14 +129,14 @@ def cost_comparison(looks: Sequence[RunLook]) -> Table | None:
     if not any(costs):
         return None
     rows = [
-        ["GPU-hours", *(_or_none(cost, lambda found: wording.hours(found.together.gpu_seconds)) for cost in costs)],
+        ["GPU-hours", *(_or_none(cost, lambda found: cost_text.hours(found.together.gpu_seconds)) for cost in costs)],
         [
             "CPU core-hours",
-            *(_or_none(cost, lambda found: wording.hours(found.together.core_seconds)) for cost in costs),
+            *(_or_none(cost, lambda found: cost_text.hours(found.together.core_seconds)) for cost in costs),
         ],
         ["tokens trained", *(_or_none(look.trained, lambda found: f"{found.tokens:,}") for look in looks)],
-        ["energy", *(_or_none(cost, lambda found: wording.energy(found.together)) for cost in costs)],
-        ["CO2 equivalent", *(_or_none(cost, wording.co2) for cost in costs)],
+        ["energy", *(_or_none(cost, lambda found: cost_text.energy(found.together)) for cost in costs)],
+        ["CO2 equivalent", *(_or_none(cost, cost_text.co2) for cost in costs)],
     ]
     if any(cost is not None and cost.price is not None for cost in costs):
         rows.append(
@@ -147,8 +148,8 @@ def cost_comparison(looks: Sequence[RunLook]) -> Table | None:
 def _notes(looks: Sequence[RunLook]) -> list[str]:
     """Factors once where they are the same, and what else is to be known of any run."""
     costs = [look.cost for look in looks if look.cost is not None]
-    factors = list(dict.fromkeys(factors_text(cost.factors) for cost in costs))
-    warnings = dict.fromkeys(note for cost in costs for note in cost_warnings(cost))
+    factors = list(dict.fromkeys(cost_text.factors_text(cost.factors) for cost in costs))
+    warnings = dict.fromkeys(note for cost in costs for note in cost_text.warnings(cost))
     mixed = ["the runs have different factors: see each of them"] if len(factors) > 1 else factors
     return [*mixed, *warnings]
 

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from trainer import __version__
 from trainer.cost import SOURCES
 from trainer.drive.look import compare, tables
-from trainer.drive.look.chart import Series, chart
+from trainer.drive.look.chart import Series, chart, look_of
 from trainer.drive.look.gather import RunLook
-from trainer.drive.look.html import Markup, element, join
+from trainer.drive.look.html import Markup, Part, element, join
 from trainer.drive.look.style import SHEET
 from trainer.drive.look.tables import Table
 
@@ -36,8 +36,7 @@ def page_of_one(look: RunLook, *, now: datetime) -> str:
             section("Curves", charts_of_one(look)),
             section("Throughput and stages", drawn(tables.training_table(look), tables.stage_table(look))),
             section("Evaluation", drawn(tables.result_table(look), *tables.slice_tables(look), worst)),
-            section("Checkpoints", drawn(tables.checkpoint_table(look))),
-            section("Cost", drawn(tables.cost_table(look))),
+            drawn(tables.checkpoint_table(look), tables.cost_table(look), level="h2"),
         ],
         [
             "This page holds answers and references of test rows: treat it as you treat the data." if worst else "",
@@ -51,18 +50,17 @@ def page_of_several(looks: Sequence[RunLook], *, now: datetime) -> str:
     names = compare.names_of(looks)
     return document(
         f"{len(looks)} runs beside each other",
-        names,
+        [join([element("span", class_=f"key {look_of(number)}"), name]) for number, name in enumerate(names)],
         [
-            section("Figures", drawn(compare.figure_table(looks), compare.paired_table(looks))),
+            drawn(compare.figure_table(looks), compare.paired_table(looks), level="h2"),
             section("Curves", charts_of_several(looks, names)),
-            section("What differs", drawn(*compare.config_tables(looks))),
-            section("Cost", drawn(compare.cost_comparison(looks))),
+            drawn(*compare.config_tables(looks), compare.cost_comparison(looks), level="h2"),
         ],
         _foot(now, with_cost=any(look.cost is not None for look in looks)),
     )
 
 
-def document(title: str, lines: Sequence[str], sections: Sequence[Markup], foot: Sequence[str]) -> str:
+def document(title: str, lines: Sequence[Part], sections: Sequence[Markup], foot: Sequence[str]) -> str:
     """A whole page: a heading with ``lines`` under it, ``sections``, and ``foot`` in small print."""
     head = [
         element("meta", charset="utf-8"),
@@ -129,12 +127,12 @@ def _title(name: str) -> str:
     return TITLES.get(name, f"validation: {name.removeprefix('val_')}" if name.startswith("val_") else name)
 
 
-def drawn(*given: Table | None) -> Markup:
-    """Those tables that there are."""
-    return join([_table(table) for table in given if table is not None])
+def drawn(*given: Table | None, level: str = "h3") -> Markup:
+    """Those tables that there are, under headings of ``level``."""
+    return join([_table(table, level) for table in given if table is not None])
 
 
-def _table(table: Table) -> Markup:
+def _table(table: Table, level: str) -> Markup:
     """Rows whose first cell is their head; a scroll bar of its own where it is wider than the screen."""
     heads = element("thead", element("tr", [element("th", column, scope="col") for column in table.columns]))
     rows = [
@@ -143,7 +141,7 @@ def _table(table: Table) -> Markup:
     ]
     return join(
         [
-            element("h3", table.title),
+            element(level, table.title),
             element(
                 "div",
                 element("table", heads if any(table.columns) else "", element("tbody", rows)),

@@ -27,6 +27,7 @@ p { margin: .25rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem; border-top: 1px solid var(--edge);
   white-space: pre-line; overflow-wrap: break-word; min-width: 4.5rem; max-width: 34rem; }
+td { min-width: 7rem; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; }
 tbody th { font-weight: 500; }
 .key { background: currentColor; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from trainer import cost_text
 from trainer.console import format_seconds, gigabytes
-from trainer.cost import Cost, Factors
+from trainer.cost import Cost
 from trainer.drive.look import wording
 from trainer.drive.look.gather import BEFORE, TUNED, RunLook
 from trainer.drive.look.scores import hold_against, slices_of, worst_answers
@@ -151,10 +152,10 @@ def cost_table(look: RunLook) -> Table | None:
         [
             name,
             str(spent.starts) if name != "together" else "",
-            wording.hours(spent.gpu_seconds),
-            wording.hours(spent.core_seconds),
+            cost_text.hours(spent.gpu_seconds),
+            cost_text.hours(spent.core_seconds),
             tokens.get(name, ""),
-            wording.energy(spent),
+            cost_text.energy(spent),
         ]
         for name, spent in entries
     ]
@@ -178,31 +179,7 @@ def tokens_of(look: RunLook) -> dict[str, str]:
 
 def cost_notes(cost: Cost) -> list[str]:
     """What the sums mean, and by which factors."""
-    notes = [f"CO2 equivalent: {wording.co2(cost)} ({factors_text(cost.factors)})"]
+    notes = [f"CO2 equivalent: {cost_text.co2(cost)} ({cost_text.factors_text(cost.factors)})"]
     if cost.price is not None:
         notes.append(f"price: {cost.price:,.2f}, at {cost.factors.price_per_gpu_hour:g} a GPU-hour")
-    return [*notes, *cost_warnings(cost)]
-
-
-def cost_warnings(cost: Cost) -> list[str]:
-    """What is not as exact as it looks."""
-    notes: list[str] = []
-    if cost.together.unknown_gpu_seconds:
-        unknown = wording.hours(cost.together.unknown_gpu_seconds)
-        notes.append(f"of {unknown} GPU-hours nobody said what they drew: cost.gpu_watts=W gives a figure")
-    if cost.whole_sockets:
-        notes.append("energy of processors is that of whole sockets, with what others did on them")
-    if cost.sampled_power:
-        notes.append("some GPUs have no counter of joules: their power was read every half minute")
-    if cost.unreadable:
-        notes.append(f"{cost.unreadable} line(s) of the ledger were left half written; what they said is not counted")
-    return notes
-
-
-def factors_text(factors: Factors) -> str:
-    """The factors behind a sum."""
-    gpu = "" if factors.gpu_watts is None else f", {factors.gpu_watts:g} W a GPU where none was measured"
-    return (
-        f"{factors.carbon_g_per_kwh:g} g/kWh, pue {factors.pue:g}, {factors.cpu_watts_per_core:g} W a core where "
-        f"sockets do not say{gpu}"
-    )
+    return [*notes, *cost_text.warnings(cost)]

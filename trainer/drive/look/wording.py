@@ -1,7 +1,5 @@
 """How figures are written, the same in the terminal, on a page and in the closing tables of a run."""
 
-from trainer.console import format_seconds
-from trainer.cost import JOULES_PER_KWH, SECONDS_PER_HOUR, Cost, Spent
 from trainer.drive.look.scores import Figure
 from trainer.intervals import Interval, Paired
 from trainer.markers import Marker
@@ -53,51 +51,3 @@ def summary_text(marker: Marker) -> str:
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in marker.summary.items()
     )
-
-
-def hours(seconds: float) -> str:
-    """Hours with three significant digits, however few they are."""
-    return _three(seconds / SECONDS_PER_HOUR)
-
-
-def kwh(joules: float) -> str:
-    """Energy in kWh."""
-    return _three(joules / JOULES_PER_KWH)
-
-
-def energy(spent: Spent) -> str:
-    """Energy of the devices and how it is known: ``0.512 kWh, measured``."""
-    if spent.unknown_gpu_seconds:
-        return "unknown"
-    return f"{kwh(spent.joules)} kWh, {known_by(spent)}"
-
-
-def known_by(spent: Spent) -> str:
-    """``measured``, ``estimated``, or how much of the one."""
-    if not spent.measured:
-        return "estimated"
-    if not spent.estimated:
-        return "measured"
-    return f"{100 * spent.measured / spent.joules:.0f} % measured, the rest estimated"
-
-
-def co2(cost: Cost) -> str:
-    """Grams or kilograms of CO2 equivalent."""
-    if cost.co2_g is None:
-        return "unknown"
-    return f"{_three(cost.co2_g)} g" if cost.co2_g < 1000 else f"{_three(cost.co2_g / 1000)} kg"
-
-
-def wall(spent: Spent) -> str:
-    """Wall time of all processes together."""
-    return format_seconds(spent.seconds)
-
-
-def _three(value: float) -> str:
-    """Three significant digits without an exponent: ``0.00123``, ``1.23``, ``1,234``."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}"
-    return f"{value:.7f}".rstrip("0") if "e" in text else text
