@@ -190,6 +190,7 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
         compiled=compiled,
         repeats_keys=shape.kv_heads != shape.heads and not has_grouped_attention(),
         quantized=method.quantize is not None,
+        added_tokens=bool(model.add_tokens or model.add_special_tokens),
     )
 
 

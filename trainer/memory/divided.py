@@ -60,14 +60,16 @@ def estimate(
     compiled: bool = False,
     repeats_keys: bool = False,
     quantized: bool = False,
+    added_tokens: bool = False,
 ) -> MemoryEstimate:
     """Estimate one rank's memory for micro-batches of ``capacity`` tokens in the compute ``dtype``.
 
     Full: weights are float32, and autocast keeps a 16-bit copy of the matrices; the first ``frozen_layers`` layers and
     the ``frozen_embeddings`` have neither gradients nor moments. LoRA (``adapter``): the base is held in the compute
     dtype, ``quantized`` with its linears in 4 bits, without gradients; the gradient passes through all layers from
-    ``lowest_layer`` up. DDP adds flat gradient buckets as large as the gradients; FSDP (``shards``) and ZeRO
-    (``zero``, ``gather_for_generation``) divide. ``accumulation``: micro-batches of a rank in a step.
+    ``lowest_layer`` up. Rows of ``added_tokens`` are put into a copy of the output layer, which gets a gradient. DDP
+    adds flat gradient buckets as large as the gradients; FSDP (``shards``) and ZeRO (``zero``,
+    ``gather_for_generation``) divide. ``accumulation``: micro-batches of a rank in a step.
     """
     size = BYTES[dtype]
     frozen = frozen_layers * shape.layer_parameters + (shape.embedding_parameters if frozen_embeddings else 0)
@@ -78,6 +80,8 @@ def estimate(
         frozen=frozen,
         linear_bits=NF4_BITS if quantized else None,
     )
+    if added_tokens and method == "lora":
+        weights = replace(weights, head_copy=size * shape.vocabulary * shape.hidden)
     if shards is not None:  # layers are gathered in the compute dtype: autocast copies none of them
         weights = replace(weights, copies=0)
     if method == "lora":
@@ -97,7 +101,7 @@ def estimate(
         trained_layers=trained,
         passed_layers=through - trained,
         checkpointing=checkpointing,
-        head_trained=method == "full" and not frozen_embeddings,
+        head_trained=added_tokens if method == "lora" else not frozen_embeddings,
     )
     if strategy == "ddp":
         return replace(whole, communication=FLOAT32 * weights.trainable)

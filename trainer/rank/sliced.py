@@ -6,7 +6,7 @@ when every rank loads the whole base first. Where that cannot be done, the reaso
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer.distributed.fsdp import FullySharded
+from trainer.model.adapters import added_rows
 from trainer.model.device import peak_memory_gb
 from trainer.model.load import settle
 from trainer.model.loss import PackedLoss
@@ -56,10 +57,23 @@ def sharded_loss(job: Job, base: Skeleton) -> tuple[PackedLoss, FullySharded]:
     names = parameter_names(base.model)
     with standing_in(base.model):
         loss = trained_loss(job, base.model, "head")
+    fill_added_rows(loss.model, base.places)
     strategy = cast(FullySharded, planned_strategy(job, loss, slice_reader(loss, names, base.places)))
     with strategy.gathered(layers=False):
         loss.logits_via = check_model(job, loss.model)
     return loss, strategy
+
+
+def fill_added_rows(model: nn.Module, places: Mapping[str, StoredTensor]) -> None:
+    """Give the rows of added tokens their first values: peft copied them from a base without numbers.
+
+    ``places``: of the base's matrices by name.
+    """
+    for name, (rows, ids) in added_rows(model).items():
+        width = rows.shape[1]
+        with torch.no_grad():
+            for row, token in zip(rows, ids, strict=True):
+                row.copy_(places[name].read(token * width, width, row.dtype))
 
 
 @contextmanager
