@@ -93,7 +93,7 @@ def test_a_killed_agent_ends_the_other_machine_with_the_cause(tmp_path: Path, wh
 
     if which == 1:
         first, second = beside(tmp_path, words, kill)
-        assert (first.code, second.code) == (75, -signal.SIGKILL)
+        assert (first.code, second.code) == (75, -signal.SIGKILL), first.out + second.out
         survivor, name = first, "node 1 ("
     else:
         with ExitStack() as stack:

@@ -211,8 +211,17 @@ def test_rows_of_added_tokens_take_one_course(tmp_path: Path, data: Path, varian
         assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in lines) < 0.02, layout
 
 
-def test_no_rank_has_the_whole_model_while_it_is_loaded(tmp_path: Path) -> None:
+@needs_deepspeed
+def test_what_zero3_reads_is_what_a_whole_load_gives(tmp_path: Path) -> None:
+    for name in ("plain", "tied"):
+        sliced_fixtures.write_base(tmp_path / name, tied=name == "tied")
+    ended = run_calls(partial(sliced_fixtures.slices_are_what_a_whole_load_gives, tmp_path, "zero3"), tmp_path)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
+def test_no_rank_has_the_whole_model_while_it_is_loaded(tmp_path: Path, kind: StrategyName) -> None:
     size = sliced_fixtures.write_base(tmp_path / "base", hidden=512, layers=8, vocabulary=4001)
     assert size > 100e6
-    ended = run_calls(partial(sliced_fixtures.a_rank_never_has_the_whole, tmp_path / "base", size), tmp_path)
+    ended = run_calls(partial(sliced_fixtures.a_rank_never_has_the_whole, tmp_path / "base", size, kind), tmp_path)
     assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)

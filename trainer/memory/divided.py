@@ -61,6 +61,7 @@ def estimate(
     repeats_keys: bool = False,
     quantized: bool = False,
     added_tokens: bool = False,
+    sliced: bool = False,
 ) -> MemoryEstimate:
     """Estimate one rank's memory for micro-batches of ``capacity`` tokens in the compute ``dtype``.
 
@@ -69,7 +70,8 @@ def estimate(
     dtype, ``quantized`` with its linears in 4 bits, without gradients; the gradient passes through all layers from
     ``lowest_layer`` up. Rows of ``added_tokens`` are put into a copy of the output layer, which gets a gradient. DDP
     adds flat gradient buckets as large as the gradients; FSDP (``shards``) and ZeRO (``zero``,
-    ``gather_for_generation``) divide. ``accumulation``: micro-batches of a rank in a step.
+    ``gather_for_generation``) divide; ``sliced``: no rank of ZeRO-3 ever has the whole model while it is loaded.
+    ``accumulation``: micro-batches of a rank in a step.
     """
     size = BYTES[dtype]
     frozen = frozen_layers * shape.layer_parameters + (shape.embedding_parameters if frozen_embeddings else 0)
@@ -106,7 +108,7 @@ def estimate(
     if strategy == "ddp":
         return replace(whole, communication=FLOAT32 * weights.trainable)
     if zero is not None:
-        return _by_zero(shape, whole, weights, zero, gathers=gather_for_generation)
+        return _by_zero(shape, whole, weights, zero, gathers=gather_for_generation, sliced=sliced)
     if shards is not None:
         return _by_fsdp(shape, whole, weights, shards, size=size, adapter=adapter if method == "lora" else None)
     return whole
@@ -146,7 +148,7 @@ def _by_fsdp(
 
 
 def _by_zero(
-    shape: ModelShape, whole: MemoryEstimate, weights: Weights, zero: ZeroSpec, *, gathers: bool
+    shape: ModelShape, whole: MemoryEstimate, weights: Weights, zero: ZeroSpec, *, gathers: bool, sliced: bool
 ) -> MemoryEstimate:
     """Divide what ``whole`` counts as the stage of ``zero`` does (``trainer/distributed/zero.py``).
 
@@ -180,7 +182,7 @@ def _by_zero(
         gradients=gradients,
         optimizer=optimizer,
         communication=FLOAT32 * BUCKET + min(weights.stored, ahead),
-        loading=weights.stored + part,
+        loading=0 if sliced else weights.stored + part,
         generating=parameters + optimizer + weights.stored if gathers else 0,
         offloaded=offloaded + (part if zero.offload_parameters else 0),
         adds_up=True,

@@ -161,6 +161,7 @@ def planned_strategy(
         sharding=sharding,
         zero=zero_spec(job.plan),
         gather_for_generation=parallel.gather_for_generation,
+        read=read,
     )
     strategy.prepare(loss, optimizer_maker(job))
     if (kind := job.plan.config.method.quantize) is not None:
