@@ -243,7 +243,11 @@ def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any
     of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
     return {
         "format": FORMAT,
-        "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},
+        "model": {
+            "content": of_model,
+            **{name: model[name] for name in ("dtype", "trust_remote_code")},
+            **added_tokens(config),
+        },
         "data": {"content": of_data, **{name: value for name, value in data.items() if name not in dropped}},
         "task": {"name": config.task.name, "labels": config.task.labels},
         "method": {name: method[name] for name in of_method},
@@ -268,6 +272,12 @@ def _selection(config: Config) -> dict[str, Any]:
     if evaluation.metric != "loss":
         parts |= {"generate_rows": evaluation.generate_rows, "max_new_tokens": config.task.max_new_tokens}
     return parts
+
+
+def added_tokens(config: Config) -> dict[str, Any]:
+    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
+    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
+    return {name: tokens for name, tokens in both.items() if tokens}
 
 
 def identity_of(config: Config, of_model: str, of_data: str) -> str:
@@ -328,6 +338,7 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         config.packing,
         config.method.name if config.packing.cost == "time" else "",
         config.run.seed,
+        *added_tokens(config).items(),
     ]
     trained = [plan.identity]
     parts: dict[str, list[object]] = {

@@ -162,15 +162,16 @@ def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
 
 
 def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
+    killed = "train" in stages and result.exit_code == KILLED
     if job.chair is not None:
-        job.chair.ends_with(result.exit_code, result.cause)
+        job.chair.ends_with(EXIT_AGAIN if killed else result.exit_code, result.cause)
     if result.exit_code == EXIT_DONE:
         _require_markers(job, stages)
         return EXIT_DONE
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
-    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
+    if result.exit_code == EXIT_AGAIN or killed:
         console.error(result.cause)
         console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
