@@ -192,7 +192,8 @@ RUNNING = Job(id=1, state="RUNNING", restarts=1)
         (75, RUNNING, 3, Next.HOLD, 76),
         (76, RUNNING, 0, Next.HOLD, 76),
         (2, RUNNING, 0, Next.NOTHING, 2),
-        (137, RUNNING, 0, Next.NOTHING, 137),
+        (137, RUNNING, 0, Next.REQUEUE, 137),  # killed, for its memory perhaps: three times at most
+        (137, RUNNING, 3, Next.HOLD, 76),
         (75, Job(id=1, state="COMPLETING", restarts=1), 0, Next.NOTHING, 75),  # scancel
         (75, Job(id=1, state="CANCELLED", restarts=1), 0, Next.NOTHING, 75),
         (76, Job(id=1, state="COMPLETING", restarts=1), 0, Next.NOTHING, 76),

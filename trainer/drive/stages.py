@@ -160,7 +160,8 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
-    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
+    killed = result.exit_code == KILLED and not set(stages).isdisjoint(BY_RANKS)
+    if result.exit_code == EXIT_AGAIN or killed:
         console.error(result.cause)
         console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
