@@ -25,6 +25,7 @@ LONGEST_START = 20.0
 """Seconds after which a start that is killed blindly is killed at the latest."""
 PATIENCE = 300.0
 """Seconds in which the run has to go on after a kill."""
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
 NODE_EVERY = 10
 """A whole node goes once in so many kills: Slurm takes half a minute to notice."""
 
@@ -56,24 +57,33 @@ class Campaign:
 
     def strike(self, number: int) -> Point:
         """Wait for a random moment of this start, kill, and wait for the next start."""
-        self._wait_for_processes()
-        if number % 2:
-            self._wait_for_steps(self.chance.randint(1, 8))
-            time.sleep(self.chance.uniform(0.0, 1.0))
-        else:
-            time.sleep(self.chance.uniform(0.0, LONGEST_START))
-        if self._state() == "COMPLETED":
-            return Point(f"kill {number + 1}", "the run was finished before it")
-        restarts = self.lab.field(self.job, "Restarts")
-        at, saved = steps(self.run), self._saved()
-        way = self._node if number % NODE_EVERY == NODE_EVERY - 1 else self.chance.choice(self._ways)
-        what = f"kill {number + 1} after step {at}: {way()}"
+        name = f"kill {number + 1}"
+        began = steps(self.run)
+        goal = began + self.chance.randint(1, 8) if number % 2 else 0
+        after = self.chance.uniform(0.0, 1.0 if number % 2 else LONGEST_START)
         try:
+            until(lambda: (bool(self._processes("")) and steps(self.run) >= goal) or self._is_over(), name, PATIENCE)
+            time.sleep(after)
+            if self._is_over():
+                return self._came_too_late(name)
+            restarts, at, saved = self.lab.field(self.job, "Restarts"), steps(self.run), self._saved()
+            way = self._node if number % NODE_EVERY == NODE_EVERY - 1 else self.chance.choice(self._ways)
+            name = f"{name} after step {at}: {way()}"
             self._goes_on(restarts)
         except AssertionError as fault:
-            return Point(what, str(fault))
+            return Point(name, f"{fault}; {self._last_words()}")
         kept = self._saved()
-        return Point(what, "" if kept >= saved else f"step {saved} was published, and step {kept} is the newest now")
+        return Point(name, "" if kept >= saved else f"step {saved} was published, and step {kept} is the newest now")
+
+    def _is_over(self) -> bool:
+        return self._state() in OVER
+
+    def _came_too_late(self, name: str) -> Point:
+        """The job has ended without having been killed."""
+        state, said = self._state(), self._last_words()
+        if state != "COMPLETED":
+            self.submit()
+        return Point(name, f"the job was {state} before it; {said}")
 
     def _saved(self) -> int:
         """The step of the newest checkpoint."""
@@ -92,12 +102,12 @@ class Campaign:
         return Point(f"the end: sha256 {got[:16]}", "" if want == got else f"not {want[:16]} of the undisturbed run")
 
     def _goes_on(self, restarts: str) -> None:
-        def ended() -> bool:
-            state = self._state()
-            return state in ("FAILED", "CANCELLED", "NODE_FAIL") or self.lab.field(self.job, "Restarts") != restarts
-
-        until(ended, f"the start ends; {self._last_words()}", PATIENCE)
-        if self._state() in ("FAILED", "CANCELLED", "NODE_FAIL"):
+        until(
+            lambda: self._is_over() or self.lab.field(self.job, "Restarts") != restarts,
+            "this start has ended",
+            PATIENCE,
+        )
+        if self._is_over():
             self.submit()
 
     def _state(self) -> str:
@@ -106,15 +116,6 @@ class Campaign:
     def _last_words(self) -> str:
         log = self.run.logs / "slurm.log"
         return " / ".join(log.read_text().splitlines()[-3:]) if log.exists() else "no log"
-
-    def _wait_for_processes(self) -> None:
-        until(lambda: bool(self._processes("")) or self._state() == "COMPLETED", "the job runs", PATIENCE)
-
-    def _wait_for_steps(self, number: int) -> None:
-        began = steps(self.run)
-        until(
-            lambda: steps(self.run) >= began + number or self._state() == "COMPLETED", "it goes on training", PATIENCE
-        )
 
     # -- ways of killing
 
@@ -160,7 +161,7 @@ class Campaign:
         node, restarts = self.chance.choice(nodes), self.lab.field(self.job, "Restarts")
         self.lab.lose_power(node)
         until(
-            lambda: self._state() in ("FAILED", "CANCELLED") or self.lab.field(self.job, "Restarts") != restarts,
+            lambda: self._is_over() or self.lab.field(self.job, "Restarts") != restarts,
             "the loss of a node is noticed",
             PATIENCE,
         )
