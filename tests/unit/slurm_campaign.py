@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 from slurm_cluster import Cluster, until
-from slurm_training import JOB, ONE_MACHINE, WORDS, steps, submitted, trainer, weights_of
+from slurm_training import JOB, WORDS, steps, submitted, trainer, weights_of
 
 from trainer.paths import RunFolder
 from trainer.train.checkpoint.format import published
@@ -41,8 +41,8 @@ class Point:
 class Campaign:
     """The job of one run, which is submitted again whenever it is over."""
 
-    def __init__(self, lab: Cluster, cwd: Path, *, kills: int, seed: int) -> None:
-        self.lab, self.cwd, self.kills = lab, cwd, kills
+    def __init__(self, lab: Cluster, cwd: Path, *, kills: int, seed: int, nodes: int) -> None:
+        self.lab, self.cwd, self.nodes = lab, cwd, nodes
         self.chance = random.Random(seed)
         self.run = RunFolder(cwd / "killed")
         self.words = (*WORDS, f"optim.max_steps={STEPS_PER_KILL * kills}", "eval.every=24", "checkpoint.every=4")
@@ -51,9 +51,15 @@ class Campaign:
         self._ways: list[Callable[[], str]] = [self._rank, self._agent, self._batch, self._cancel, self._requeue]
 
     def submit(self) -> None:
-        """The command of the run, typed once more."""
-        said = trainer(self.lab, self.cwd, *self.words, *JOB, "launch.max_stalls=1000", f"run.dir={self.run.root}")
-        self.job, self.typed = submitted(said), self.typed + 1
+        """The command of the run, typed once more; and again where its last job is still ending."""
+        own = (f"launch.nodes={self.nodes}", "launch.max_stalls=1000", f"run.dir={self.run.root}")
+
+        def is_submitted() -> bool:
+            job = submitted(trainer(self.lab, self.cwd, *self.words, *JOB, *own))
+            self.job, self.typed = job or self.job, self.typed + 1
+            return job is not None
+
+        until(is_submitted, "a new job is submitted", PATIENCE)
 
     def strike(self, number: int) -> Point:
         """Wait for a random moment of this start, kill, and wait for the next start."""
@@ -97,7 +103,7 @@ class Campaign:
         except AssertionError as fault:
             return Point("the end", f"{fault}; {self._last_words()}")
         straight = RunFolder(self.cwd / "straight")
-        trainer(self.lab, self.cwd, *self.words, *ONE_MACHINE, f"run.dir={straight.root}")
+        trainer(self.lab, self.cwd, *self.words, f"launch.processes={self.nodes}", f"run.dir={straight.root}")
         want, got = weights_of(straight), weights_of(self.run)
         return Point(f"the end: sha256 {got[:16]}", "" if want == got else f"not {want[:16]} of the undisturbed run")
 
@@ -177,11 +183,11 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def run_campaign(
-    lab: Cluster, folder: Path, *, kills: int, seed: int, tell: Callable[[str], None] = lambda _: None
+    lab: Cluster, folder: Path, *, kills: int, seed: int, nodes: int, tell: Callable[[str], None] = lambda _: None
 ) -> list[Point]:
     """Train with so many kills and compare the end; the run and its undisturbed twin lie in ``folder``."""
     tell(f"{kills} kills, seed {seed}")
-    campaign = Campaign(lab, folder, kills=kills, seed=seed)
+    campaign = Campaign(lab, folder, kills=kills, seed=seed, nodes=nodes)
     campaign.submit()
     points: list[Point] = []
     for number in range(kills):

@@ -162,8 +162,18 @@ class Cluster:
 
     def processes(self, word: str) -> list[psutil.Process]:
         """The processes of jobs that have ``word`` in their command."""
-        below = [one for step in self._steps() for one in step.children(recursive=True)]
-        return [one for one in below if any(word in part for part in one.cmdline())]
+        found: list[psutil.Process] = []
+        for step in self._steps():
+            try:
+                below = step.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            for one in below:
+                try:
+                    found += [one] if any(word in part for part in one.cmdline()) else []
+                except psutil.Error:
+                    continue  # it has ended meanwhile
+        return found
 
     def stop(self) -> None:
         """Cancel what runs and end all daemons and all that is left of jobs."""

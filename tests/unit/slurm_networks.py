@@ -47,8 +47,8 @@ class Networks:
         return [f"{_PREFIX}.{node}" for node in range(1, self.count + 1)]
 
     def inside(self, address: str) -> tuple[str, ...]:
-        """Words before a command that runs on a node."""
-        return ("ip", "netns", "exec", _name(self._node(address)))
+        """Words before a command that runs on a node; ``ip netns exec`` would hide the control groups from it."""
+        return ("nsenter", f"--net=/run/netns/{_name(self._node(address))}")
 
     def cut(self, address: str) -> None:
         """Nothing reaches the node or leaves it; nobody is told."""

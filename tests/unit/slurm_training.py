@@ -1,5 +1,6 @@
-"""Real training as a Slurm job on two nodes, small enough to be started again and again, and what it leaves."""
+"""Real training as a Slurm job small enough to be started again and again, and what it leaves."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,8 @@ from trainer.paths import RunFolder
 
 WORDS = ("+experiment=smoke", "launch.device=cpu", "launch.threads=1", "optim.batch_packs=2", "method.dropout=0.1")
 """What an undisturbed run on one machine has as well."""
-ONE_MACHINE = ("launch.processes=2",)
 JOB = (
     "launch=slurm",
-    "launch.nodes=2",
     "launch.processes=1",
     "launch.mem=1500",
     "launch.prolog=['export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1']",
@@ -29,9 +28,10 @@ def trainer(lab: Cluster, cwd: Path, *words: str) -> str:
     return done.stdout
 
 
-def submitted(said: str) -> int:
-    """The number of the job that ``trainer`` has submitted."""
-    return int(said.partition("submitted job ")[2].partition(":")[0])
+def submitted(said: str) -> int | None:
+    """The number of the job that ``trainer`` has submitted; None: there is one that is still ending."""
+    found = re.search(r"submitted job (\d+)", said)
+    return None if found is None else int(found[1])
 
 
 def steps(folder: RunFolder) -> int:
