@@ -126,21 +126,23 @@ class Campaign:
     # -- ways of killing
 
     def _processes(self, word: str) -> list[psutil.Process]:
-        found = self.lab.processes(str(self.run.root))
-        return [one for one in found if any(word in part for part in _command(one))]
+        """Those of ours; srun has the words of them all in its command, and a helper that nobody misses."""
+        found = [(one, _command(one)) for one in self.lab.processes(str(self.run.root))]
+        ours = [(one, words) for one, words in found if words and "python" in Path(words[0]).name]
+        return [one for one, words in ours if any(word in part for part in words)]
 
     def _kill(self, what: str, word: str) -> str:
         """One of the processes with ``word`` in their command; before there is one, any process of the job."""
-        found = self._processes(word) or self._processes("")
+        found = self._processes(word)
+        if not found:
+            what, found = f"what there is before {what}", self._processes("")
         if not found:
             return self._requeue()
-        one = self.chance.choice(found)
-        words = _command(one)
         try:
-            one.kill()
+            self.chance.choice(found).kill()
         except psutil.NoSuchProcess:
             return self._requeue()
-        return f"SIGKILL of {what if any(word in part for part in words) else 'the process that there was'}"
+        return f"SIGKILL of {what}"
 
     def _rank(self) -> str:
         return self._kill("a rank", "trainer.worker")

@@ -168,6 +168,8 @@ def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile)
     """What publishes the state, and then deletes what need not be kept."""
     config = job.plan.config.checkpoint
     verified = set[int]()
+    if job.plan.waits_for_saves:
+        job.warn(f"the training waits for its saves: {job.plan.waits_for_saves}")
 
     def delete_old(state: TrainState) -> None:
         verified.add(state.step)
@@ -176,7 +178,7 @@ def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile)
     return Saver(
         strategy,
         fence,
-        job.ranks.aside() if config.asynchronous else None,
+        job.ranks.aside() if config.asynchronous and not job.plan.waits_for_saves else None,
         identity=job.plan.identity,
         base=job.prepared.base.sha256,
         before=metrics.sync,
