@@ -27,6 +27,7 @@ from trainer.fitting import (
     too_large,
     zero_of,
 )
+from trainer.host_memory import SavingRoom, saving_room
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
@@ -48,7 +49,7 @@ class RunPlan:
 
     ``parallel`` and ``checkpointing`` are what the ranks go by: those of the config, or what ``parallel=auto`` took
     after all of ``considered``. ``machine``: what was there. ``capacity_reason``: why ``packing.capacity=auto`` is its
-    number.
+    number. ``waits_for_saves``: why the training waits for its saves though ``checkpoint.asynchronous`` is on.
     """
 
     format: int
@@ -73,6 +74,7 @@ class RunPlan:
     considered: list[Considered] = field(default_factory=list[Considered])
     machine: Devices | None = None
     capacity_reason: str = ""
+    waits_for_saves: str = ""
 
 
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
@@ -144,8 +146,24 @@ def fitted(plan: RunPlan, shape: ModelShape | None, dtype: str | None = None) ->
     taken, seen = choose(case, options)
     if taken is None:
         raise ConfigError.of([too_large(case, seen, options)])
-    return replace(
+    plan = replace(
         plan, strategy=taken.strategy, parallel=taken.parallel, checkpointing=taken.checkpointing, considered=seen
+    )
+    memory = memory_of(case, taken)
+    if memory is None or not plan.config.checkpoint.asynchronous:
+        return plan
+    return replace(plan, waits_for_saves=room_for_saves(plan, memory).why_not)
+
+
+def room_for_saves(plan: RunPlan, memory: MemoryEstimate) -> SavingRoom:
+    """Return what saves behind the training need in main memory, with ``memory`` for a rank."""
+    return saving_room(
+        memory,
+        plan.strategy,
+        device=plan.device,
+        processes=plan.processes,
+        owners=(plan.parallel.shard_ranks if plan.strategy == "fsdp" else None) or plan.world_size,
+        main_memory=None if plan.machine is None else plan.machine.main_memory,
     )
 
 

@@ -162,7 +162,7 @@ def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
 
 
 def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
-    killed = "train" in stages and result.exit_code == KILLED
+    killed = result.exit_code == KILLED and not set(stages).isdisjoint(BY_RANKS)
     if job.chair is not None:
         job.chair.ends_with(EXIT_AGAIN if killed else result.exit_code, result.cause)
     if result.exit_code == EXIT_DONE:
