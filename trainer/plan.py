@@ -13,6 +13,7 @@ import msgspec
 from trainer import __version__
 from trainer.capacity import with_capacity
 from trainer.config import Config, ParallelConfig
+from trainer.config.cost import CostConfig
 from trainer.errors import ConfigError, RunError
 from trainer.fingerprint import digest
 from trainer.fitting import (
@@ -305,7 +306,7 @@ def identity_of(config: Config, of_model: str, of_data: str) -> str:
 
 def flat_identity(plan: RunPlan) -> dict[str, Any]:
     """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
-    return _flat(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
+    return flatten(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
 
 
 def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
@@ -319,11 +320,12 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
     ]
 
 
-def _flat(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
     flat: dict[str, Any] = {}
     for name, value in parts.items():
         if isinstance(value, dict) and name != "columns":
-            flat |= _flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
+            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -366,9 +368,14 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         "evaluate": [*trained, *prepare, config.eval],
         "export": [*trained, config.export],
         "verify": [*trained, config.export, "verify"],
-        "card": [*trained, *prepare, config.eval, config.export, config.run.name],
+        "card": [*trained, *prepare, config.eval, config.export, config.run.name, *_not_default(config.cost)],
     }
     return digest(parts[stage])
+
+
+def _not_default(cost: CostConfig) -> list[object]:
+    """Factors that are given; none for the runs of before there were any, whose cards stay as they are."""
+    return [] if cost == CostConfig() else [cost]
 
 
 # ---- plan.json

@@ -31,6 +31,7 @@ from trainer.rank.model import (
     whole_model,
 )
 from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
+from trainer.rank.spending import open_book
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -62,6 +63,7 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
             traces=folder.logs,
         )
+        book = open_book(folder, ranks)
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
             todo = ranks.gather(
@@ -69,10 +71,19 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             )
             if todo[0]:
                 with watched(folder, plan, ranks) as watchdog:
-                    job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop, watchdog=watchdog)
+                    job = Job(
+                        folder=folder,
+                        plan=plan,
+                        prepared=prepared,
+                        ranks=ranks,
+                        stop=stop,
+                        watchdog=watchdog,
+                        book=book,
+                    )
                     do_stages(job, todo[0])
                     watchdog.enter("leaving", 0)
         finally:
+            book.close()
             ranks.close()
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from trainer.config.bounds import Count, Natural, NonNegative, Positive, Probability, Seed, Share
+from trainer.config.cost import CostConfig
 from trainer.config.launch import LaunchConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -372,3 +373,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    cost: CostConfig = field(default_factory=CostConfig)

@@ -16,6 +16,7 @@ from trainer import console
 from trainer.drive.folder import write_inputs
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared, settled
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
+from trainer.drive.spending import spending
 from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, Marker, is_current, write_marker
 from trainer.paths import RunFolder, write_atomic
@@ -139,7 +140,7 @@ def _run_alone(job: DriverJob, stage: str, module: str) -> int:
         log=job.folder.logs / f"{stage}.log",
         shown=True,
     )
-    with console.Relay() as show:
+    with console.Relay() as show, spending(job.folder, stage):
         result = supervise([child], show, keep_open=(job.lock,), peers=job.chair)
     return _judge(job, result, [stage])
 
