@@ -16,8 +16,10 @@ from typing import NoReturn
 
 from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
+from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 
@@ -33,6 +35,7 @@ python -m trainer [verb] [RUN ...] [overrides]
 Verbs:
 """
 SHOW = "show"
+AGENT = "agent"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
 OPTIONS = """\
 
@@ -140,11 +143,13 @@ def _not_a_run(word: str) -> UserError:
 
 def act(arguments: Sequence[str], cwd: Path) -> int:
     """Do what the command line says; gives the exit code."""
+    if arguments[:1] == [AGENT]:
+        return do_agent(arguments[1:], cwd)
     words = sort_words(arguments)
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, AGENT: AGENT_HELP}
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
     elif words.verb == SHOW:
@@ -230,13 +235,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    sys.exit(console.run_and_report(_main))
+    sys.exit(end_trial(console.run_and_report(_main)))
 
 
 def _main() -> int:
     try:
+        begin_trial(sys.argv[1:])
         return act(sys.argv[1:], Path.cwd())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        note_stop(str(interrupt))
         raise StoppedInGoodOrder("stopped; nothing was being computed, and the same command continues") from None
 
 

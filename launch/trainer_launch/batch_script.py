@@ -128,7 +128,13 @@ def _quoted(value: str) -> str:
 def step_words(
     agent: Sequence[str], *, nodes: int, cpus: int | None = None, options: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """What runs ``agent`` once on every machine of the job, with its ``--node-rank``.
+    """What runs ``agent`` once on every machine of the job, with its ``--node-rank``."""
+    with_number = ("bash", "-c", 'exec "$@" --node-rank "$SLURM_NODEID"', "agent", *agent)
+    return (*srun_words(nodes=nodes, cpus=cpus, options=options), *with_number)
+
+
+def srun_words(*, nodes: int, cpus: int | None = None, options: Sequence[str] = ()) -> tuple[str, ...]:
+    """What stands before a command that runs once on every machine of the job.
 
     No task is ended because another one ended badly or earlier: the agents see to that, after a checkpoint.
     """
@@ -143,11 +149,6 @@ def step_words(
         "--wait=0",
         "--input=none",
         *options,
-        "bash",
-        "-c",
-        'exec "$@" --node-rank "$SLURM_NODEID"',
-        "agent",
-        *agent,
     )
 
 
