@@ -91,6 +91,9 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
     check_gate(job)
     if "export" in todo:
         with job.stage("export") as summary:
+            if job.plan.config.export.nothing:
+                job.say("export: nothing, as export.adapter=false export.merged=false say")
+                return
             whole = whole_model(job, strategy, loss)
             if whole is not None:
                 summary |= cost_of_quantising(job, loss, whole)

@@ -345,6 +345,11 @@ class ExportConfig:
     max_shard_gb: Positive = 5.0
     """Largest weight file, in 10^9 bytes."""
 
+    @property
+    def nothing(self) -> bool:
+        """Neither: figures alone are wanted."""
+        return not self.adapter and not self.merged
+
 
 @dataclass(slots=True, kw_only=True)
 class Config:
