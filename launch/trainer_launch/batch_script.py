@@ -51,7 +51,7 @@ class BatchSpec:
     ``comment`` tells jobs of one name apart. ``log``: a file; ``folder``: where ``words``, the program of the batch
     step, is started after the shell lines ``prolog``. ``time``, ``mem`` and the others are as sbatch takes them;
     ``grace``: seconds before the time limit at which the processes of the step get SIGUSR1. ``options``: further
-    options of sbatch.
+    options of sbatch. ``array``: the numbers of the tasks (``1-16%4``); each has a log of its own, LOG-JOB_TASK.log.
     """
 
     name: str
@@ -71,6 +71,7 @@ class BatchSpec:
     mem: str | None = None
     options: tuple[str, ...] = ()
     prolog: tuple[str, ...] = ()
+    array: str | None = None
 
 
 def batch_script(spec: BatchSpec, template: str) -> str:
@@ -100,6 +101,7 @@ def sbatch_options(spec: BatchSpec) -> list[str]:
     given: list[tuple[str, str | int | None]] = [
         ("job-name", spec.name),
         ("comment", spec.comment),
+        ("array", spec.array),
         ("account", spec.account),
         ("partition", spec.partition),
         ("qos", spec.qos),
@@ -111,7 +113,7 @@ def sbatch_options(spec: BatchSpec) -> list[str]:
         ("mem", spec.mem),
         ("time", spec.time),
         ("signal", f"USR1@{spec.grace}"),  # a partition may have a limit, too
-        ("output", spec.log.replace("%", "%%")),
+        ("output", spec.log.replace("%", "%%") + ("" if spec.array is None else "-%A_%a.log")),
         ("open-mode", "append"),
     ]
     options = [f"--{name}={_quoted(str(value))}" for name, value in given if value is not None]

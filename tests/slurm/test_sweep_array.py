@@ -16,7 +16,7 @@ from trainer.paths import RunFolder, shipped_slurm
 from trainer_launch import slurm
 
 STEPS = 24
-SETTINGS = ("+experiment=smoke", "export=adapter", f"optim.max_steps={STEPS}", "eval.every=12", "launch.threads=1")
+SETTINGS = ("+experiment=smoke", "export=none", f"optim.max_steps={STEPS}", "eval.every=12", "launch.threads=1")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def goes_through(lab: Cluster, array: Array, trials: int) -> None:
     assert [array.ended(task) for task in range(1, trials + 1)] == [[0]] * (trials - 1) + [[75, 0]]
     assert [array.steps(task) for task in range(1, trials + 1)] == [STEPS] * trials
     assert Path(stopped.folder).name == stopped.run
-    log = (array.tasks.parents[3] / f"sweep-{array.job}_{trials}.log").read_text()
+    log = (array.tasks.parents[4] / f"sweep-{array.job}_{trials}.log").read_text()
     assert f"the trial goes on: W&B run {stopped.run}" in log
     assert "continuing after step" in log
 

@@ -66,7 +66,7 @@ def test_only_an_agent_makes_a_trial(missing: dict[str, str]) -> None:
 
 def test_a_trial_has_a_folder_of_its_own_and_is_on_record(told: Path, tmp_path: Path) -> None:
     config = placed(compose(["+experiment=smoke", "run.root=here"], config_dir=None, cwd=tmp_path))
-    assert config.run.dir == "here/sweeps/sw1/r1"
+    assert config.run.dir == "here/sweeps/wandb/sw1/r1"
     given = placed(compose(["+experiment=smoke", "run.dir=mine"], config_dir=None, cwd=tmp_path))
     assert given.run.dir == "mine"
     begin_trial(["+experiment=smoke", "optim.lr=0.1"])

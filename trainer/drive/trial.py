@@ -19,7 +19,7 @@ from trainer.paths import RunFolder, write_atomic
 from trainer_launch import agents
 from trainer_launch.agents import Assignment
 
-SWEEPS = Path("outputs") / "sweeps"
+SWEEPS = Path("outputs") / "sweeps" / "wandb"
 """Where trials and tasks of W&B sweeps leave word of themselves: below the folder in which the agent was started."""
 UNFINISHED = (None, EXIT_AGAIN, EXIT_STOPPED)
 """Exit codes (None: it was killed) after which a trial goes on where it was."""
@@ -106,7 +106,7 @@ def note_stop(name: str) -> None:
 
 
 def placed(config: Config) -> Config:
-    """Of a trial, the config with a run folder of its own, unless one is given: ``run.root/sweeps/SWEEP/RUN``.
+    """Of a trial, the config with a run folder of its own, unless one is given: ``run.root/sweeps/wandb/SWEEP/RUN``.
 
     Two trials may have the same values, or those of an earlier run: both are runs of W&B all the same.
     """
@@ -118,7 +118,7 @@ def placed(config: Config) -> Config:
 
 def own_folder(root: Path, trial: Assignment) -> Path:
     """The run folder of a trial below ``run.root``."""
-    return root / "sweeps" / trial.sweep / trial.run
+    return root / "sweeps" / "wandb" / trial.sweep / trial.run
 
 
 def _note_own(*, folder: str | None = None, stopped_by: str | None = None) -> None:
