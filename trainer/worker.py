@@ -18,6 +18,7 @@ from trainer.markers import BY_RANKS, is_current
 from trainer.model.loss import PackedLoss
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
+from trainer.rank.baseline import measure_baseline
 from trainer.rank.exports import write_exports
 from trainer.rank.job import Job, read_inputs
 from trainer.rank.model import (
@@ -110,8 +111,7 @@ def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | N
         logits_via = check_model(job, model)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
+            summary |= measure_baseline(job, packed_loss(job, model, logits_via))
     if set(todo) <= {"baseline"}:
         return None
     with job.stop.at_once("loading"):
@@ -125,8 +125,7 @@ def load_in_slices(job: Job, todo: Sequence[str], base: Skeleton) -> tuple[Packe
         loss, strategy = sharded_loss(job, base)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", loss, strategy)
+            summary |= measure_baseline(job, loss, strategy)
     return None if set(todo) <= {"baseline"} else (loss, strategy)
 
 
