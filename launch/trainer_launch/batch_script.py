@@ -183,10 +183,11 @@ def option_name(option: str) -> str:
     return match.group(1) if match else ""
 
 
-def follow_lines(job: int, log: str) -> list[tuple[str, str]]:
-    """How to look at a job and how to end it: what the line is for, and the line."""
+def follow_lines(job: int, log: str, *, array: bool = False) -> list[tuple[str, str]]:
+    """How to look at a job and how to end it: what the line is for, and the line. ``log``: as in ``BatchSpec``."""
+    logs = f"{shlex.quote(log)}-{job}_*.log" if array else shlex.quote(log)
     return [
         ("state", f"squeue -j {job}"),
-        ("output", f"tail -F {shlex.quote(log)}"),
+        ("output", f"tail -F {logs}"),
         ("end it", f"scancel {job}"),
     ]

@@ -31,10 +31,11 @@ _PAGE = re.compile(r"View sweep at: (\S+)")
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A sweep that W&B knows: ENTITY/PROJECT/ID, and its page."""
+    """A sweep that W&B knows: ENTITY/PROJECT/ID, its page, and what W&B finds odd in the file."""
 
     sweep: str
-    page: str
+    page: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -42,7 +43,7 @@ class Registered:
         return self.sweep.rpartition("/")[2]
 
 
-def command_words(space: SearchSpace, overrides: Sequence[str]) -> list[str]:
+def command_words(space: SearchSpace, overrides: Sequence[str], *, config_dir: Path | None = None) -> list[str]:
     """What an agent types for a trial: the command's and this command line's settings, then the trial's own.
 
     ``python`` is that of the agent's PATH, so that the sweep may run where this one is not.
@@ -56,13 +57,22 @@ def command_words(space: SearchSpace, overrides: Sequence[str]) -> list[str]:
         "trainer",
         *base,
         *([] if tracked else ["tracking=wandb"]),
+        *([] if config_dir is None else ["--config-dir", str(config_dir.resolve())]),
         ARGUMENTS,
     ]
 
 
-def registered_text(body: Mapping[str, Any], space: SearchSpace, overrides: Sequence[str], trials: int | None) -> str:
+def registered_text(
+    body: Mapping[str, Any],
+    space: SearchSpace,
+    overrides: Sequence[str],
+    trials: int | None,
+    *,
+    config_dir: Path | None = None,
+) -> str:
     """The YAML that is registered: the file ``body`` with this command line in its command, and so many trials."""
-    own: dict[str, Any] = {"name": space.name, **body, "command": command_words(space, overrides)}
+    words = command_words(space, overrides, config_dir=config_dir)
+    own: dict[str, Any] = {"name": space.name, **body, "command": words}
     own |= {} if trials is None else {"run_cap": trials}
     return yaml.safe_dump(own, sort_keys=False, allow_unicode=True, width=120)
 
@@ -117,7 +127,8 @@ def register(text: str, folder: Path, *, entity: str | None, project: str | None
     if done.returncode != 0 or found is None:
         raise _refused(reason(said))
     page = _PAGE.search(said)
-    registered = Registered(found[1], page[1] if page is not None else "")
+    odd = tuple(redact(line.strip()) for line in said.splitlines() if "Violation" in line)
+    registered = Registered(found[1], page[1] if page is not None else "", odd)
     file.rename(folder / f"{registered.id}.yaml")
     return registered
 
