@@ -22,6 +22,8 @@ from trainer.drive.show import show_runs
 from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
+from trainer.sweeps.command import do_sweep
+from trainer.sweeps.words import words_help
 
 USAGE = """\
 python -m trainer [verb] [RUN ...] [overrides]
@@ -31,11 +33,14 @@ python -m trainer [verb] [RUN ...] [overrides]
   python -m trainer data=files data.train=my.jsonl      the same with your own data
   python -m trainer evaluate outputs/my/0123456789      one stage of a run that exists
   python -m trainer show outputs/my/0123456789          how it stands; with several runs: how they differ
+  python -m trainer sweep +experiment=smoke sweep=smoke search settings: many runs, a table, the best one
 
 Verbs:
 """
 SHOW = "show"
 AGENT = "agent"
+SWEEP = "sweep"
+SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
 OPTIONS = """\
 
@@ -91,7 +96,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, "help"):
+    if verb not in (*VERBS, SHOW, SWEEP, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -121,12 +126,13 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, {SHOW}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, 'help'))}; a run folder; or overrides such as "
+        "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -149,11 +155,14 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, AGENT: AGENT_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
-        console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
+        console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
         _show(words)
+    elif words.verb == SWEEP:
+        return _sweep(words, arguments, cwd)
     elif words.verify:
         raise UserError(
             "--verify belongs to show",
@@ -179,6 +188,19 @@ def _show(words: Words) -> None:
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
     show_runs(words.runs, contents=words.verify)
+
+
+def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
+    if words.runs or words.show_config or words.node_rank is not None:
+        raise UserError(
+            "a sweep makes runs of its own",
+            where="command line",
+            got=str(words.runs[0]) if words.runs else "--cfg or --node-rank",
+            allowed="settings, and words of the sweep (sweep=NAME sweep.trials=N)",
+            do="leave it out",
+        )
+    typed = shlex.join(["python", "-m", "trainer", *arguments])
+    return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=typed, multirun=words.multirun)
 
 
 def _existing(words: Words, cwd: Path) -> int:

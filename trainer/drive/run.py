@@ -226,6 +226,11 @@ def _assumed_devices(config: Config) -> Devices:
     return dataclasses.replace(here, gpus=wanted)
 
 
+def devices_here(config: Config) -> Devices:
+    """What there is on this machine for a run of ``config``."""
+    return _devices(config)
+
+
 def _devices(config: Config) -> Devices:
     gpus = 0 if config.launch.device == "cpu" else visible_gpus()
     return Devices(

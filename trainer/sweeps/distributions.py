@@ -76,7 +76,10 @@ class Parameter:
             return self.values
         if self.step is None:
             raise ValueError(f"{self.name} has no fixed values")
-        return tuple(itertools.takewhile(lambda value: value <= self.max, self._steps(self.step)))
+        return tuple(itertools.takewhile(self._is_inside, self._steps(self.step)))
+
+    def _is_inside(self, value: float | int) -> bool:
+        return value <= self.max
 
     def _steps(self, step: float | int) -> Iterator[float | int]:
         for count in itertools.count():

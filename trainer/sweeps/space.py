@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, Problem, nearest
 from trainer.paths import conf_directories
 from trainer.rules import check
 from trainer.sweeps.distributions import Parameter, read_parameter
-from trainer.sweeps.figures import reported_figures
+from trainer.sweeps.figures import TEST, reported_figures
 
 Method = Literal["random", "grid", "bayes"]
 METHODS: tuple[Method, ...] = ("random", "grid", "bayes")
@@ -198,6 +198,12 @@ def require_usable(space: SearchSpace, overrides: Sequence[str], *, config_dir: 
             for problem in _problems_with([*words, *others, parameter.override(value)], config_dir, cwd):
                 tried.setdefault(problem, parameter)
     found += [_placed(problem, space, parameter) for problem, parameter in tried.items()]
+    if space.hyperband is not None and space.metric.name.startswith(TEST):
+        what, do = (
+            "is known only at the end of a run: nothing can be ended early by it",
+            "a validation figure, val_loss",
+        )
+        found.append(Problem(what=what, where=f"{space.file}: metric.name", got=space.metric.name, do=do))
     if not found:
         found += _metric_problems(space, compose([*words, *first], config_dir=config_dir, cwd=cwd))
     if found:

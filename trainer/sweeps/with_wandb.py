@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import yaml
 
 from trainer import console
 from trainer.compose import compose
 from trainer.config import Config
+from trainer.config.sweep import SweepConfig
 from trainer.drive.trial import SWEEPS
-from trainer.errors import EXIT_DONE, ConfigError
+from trainer.errors import EXIT_DONE, ConfigError, Problem
 from trainer.sweeps.array import array_spec, require_array_can, require_slurm, submit_array, words_in_a_task
 from trainer.sweeps.registration import next_lines, number_of_trials, register, registered_text, require_wandb_can
 from trainer.sweeps.space import find_sweep, parse_sweep, require_usable, trial_base
@@ -22,12 +24,13 @@ from trainer.sweeps.words import SweepWords
 from trainer_launch.batch_script import follow_lines
 
 
-def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path) -> int:
+def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path, multirun: bool = False) -> int:
     """Register the sweep that ``asked`` names; with ``launch=slurm``, submit its trials as an array. Gives 0.
 
     Raises:
         TrimtabError: everything that is wrong before the first trial.
     """
+    _require_fitting(asked, multirun=multirun)
     path = find_sweep(asked.name, config_dir=config_dir, cwd=cwd)
     space = parse_sweep(path, cwd)
     config = compose(trial_base(space, asked.overrides), config_dir=config_dir, cwd=cwd)
@@ -58,6 +61,22 @@ def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path) -
         for what, line in follow_lines(number, spec.log, array=True):
             console.say(f"  {what:8}{line}")
     return EXIT_DONE
+
+
+def _require_fitting(asked: SweepWords, *, multirun: bool) -> None:
+    """Refuse words that only Optuna's engine heeds."""
+    plain, found = SweepConfig(), list[Problem]()
+    for name in ("dir", "retries", "seed", "pruner"):
+        given = msgspec.to_builtins(asked.config)[name]
+        if given != msgspec.to_builtins(plain)[name]:
+            do = "leave it out" if name != "pruner" else "leave it out; the file's early_terminate says it"
+            what = "has no effect with sweep.engine=wandb"
+            found.append(Problem(what=what, where=f"sweep.{name}", got=str(given), do=do))
+    if multirun:
+        what, do = "W&B takes its parameters from a file", "a file in conf/sweep, or leave out sweep.engine=wandb"
+        found.append(Problem(what=what, where="command line", got="-m", allowed="sweep=NAME", do=do))
+    if found:
+        raise ConfigError.of(found)
 
 
 def _with_tracker(words: list[str]) -> list[str]:
