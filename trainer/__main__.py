@@ -16,8 +16,10 @@ from typing import NoReturn
 
 from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
+from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 from trainer.sweeps.command import do_sweep
@@ -36,8 +38,9 @@ python -m trainer [verb] [RUN ...] [overrides]
 Verbs:
 """
 SHOW = "show"
+AGENT = "agent"
 SWEEP = "sweep"
-SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna; -m a=1,2: a grid"
+SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
 OPTIONS = """\
 
@@ -127,12 +130,13 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SWEEP, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, {SHOW}, {SWEEP}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, 'help'))}; a run folder; or overrides such as "
+        "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -149,11 +153,14 @@ def _not_a_run(word: str) -> UserError:
 
 def act(arguments: Sequence[str], cwd: Path) -> int:
     """Do what the command line says; gives the exit code."""
+    if arguments[:1] == [AGENT]:
+        return do_agent(arguments[1:], cwd)
     words = sort_words(arguments)
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
@@ -260,13 +267,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    sys.exit(console.run_and_report(_main))
+    sys.exit(end_trial(console.run_and_report(_main)))
 
 
 def _main() -> int:
     try:
+        begin_trial(sys.argv[1:])
         return act(sys.argv[1:], Path.cwd())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        note_stop(str(interrupt))
         raise StoppedInGoodOrder("stopped; nothing was being computed, and the same command continues") from None
 
 

@@ -17,6 +17,7 @@ from trainer.drive.folder import write_inputs
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared, settled
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
 from trainer.drive.spending import spending
+from trainer.drive.trial import note_stop
 from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
 from trainer.markers import BY_RANKS, STAGES, Marker, is_current, write_marker
 from trainer.paths import RunFolder, write_atomic
@@ -169,6 +170,7 @@ def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
     if result.exit_code == EXIT_DONE:
         _require_markers(job, stages)
         return EXIT_DONE
+    note_stop(result.signal)
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
