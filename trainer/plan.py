@@ -28,6 +28,7 @@ from trainer.fitting import (
     too_large,
     zero_of,
 )
+from trainer.host_memory import SavingRoom, saving_room
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
@@ -49,7 +50,7 @@ class RunPlan:
 
     ``parallel`` and ``checkpointing`` are what the ranks go by: those of the config, or what ``parallel=auto`` took
     after all of ``considered``. ``machine``: what was there. ``capacity_reason``: why ``packing.capacity=auto`` is its
-    number.
+    number. ``waits_for_saves``: why the training waits for its saves though ``checkpoint.asynchronous`` is on.
     """
 
     format: int
@@ -74,6 +75,7 @@ class RunPlan:
     considered: list[Considered] = field(default_factory=list[Considered])
     machine: Devices | None = None
     capacity_reason: str = ""
+    waits_for_saves: str = ""
 
 
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
@@ -145,8 +147,24 @@ def fitted(plan: RunPlan, shape: ModelShape | None, dtype: str | None = None) ->
     taken, seen = choose(case, options)
     if taken is None:
         raise ConfigError.of([too_large(case, seen, options)])
-    return replace(
+    plan = replace(
         plan, strategy=taken.strategy, parallel=taken.parallel, checkpointing=taken.checkpointing, considered=seen
+    )
+    memory = memory_of(case, taken)
+    if memory is None or not plan.config.checkpoint.asynchronous:
+        return plan
+    return replace(plan, waits_for_saves=room_for_saves(plan, memory).why_not)
+
+
+def room_for_saves(plan: RunPlan, memory: MemoryEstimate) -> SavingRoom:
+    """Return what saves behind the training need in main memory, with ``memory`` for a rank."""
+    return saving_room(
+        memory,
+        plan.strategy,
+        device=plan.device,
+        processes=plan.processes,
+        owners=(plan.parallel.shard_ranks if plan.strategy == "fsdp" else None) or plan.world_size,
+        main_memory=None if plan.machine is None else plan.machine.main_memory,
     )
 
 
@@ -244,7 +262,11 @@ def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any
     of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
     return {
         "format": FORMAT,
-        "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},
+        "model": {
+            "content": of_model,
+            **{name: model[name] for name in ("dtype", "trust_remote_code")},
+            **added_tokens(config),
+        },
         "data": {"content": of_data, **{name: value for name, value in data.items() if name not in dropped}},
         "task": {"name": config.task.name, "labels": config.task.labels},
         "method": {name: method[name] for name in of_method},
@@ -269,6 +291,12 @@ def _selection(config: Config) -> dict[str, Any]:
     if evaluation.metric != "loss":
         parts |= {"generate_rows": evaluation.generate_rows, "max_new_tokens": config.task.max_new_tokens}
     return parts
+
+
+def added_tokens(config: Config) -> dict[str, Any]:
+    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
+    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
+    return {name: tokens for name, tokens in both.items() if tokens}
 
 
 def identity_of(config: Config, of_model: str, of_data: str) -> str:
@@ -330,6 +358,7 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         config.packing,
         config.method.name if config.packing.cost == "time" else "",
         config.run.seed,
+        *added_tokens(config).items(),
     ]
     trained = [plan.identity]
     parts: dict[str, list[object]] = {

@@ -95,6 +95,14 @@ def test_what_a_run_was_done_with_is_in_its_folder(driver: Driven) -> None:
     assert "torchrun" not in described["packages"]
 
 
+def test_where_nothing_is_exported_nothing_is_verified(driver: Driven, capsys: pytest.CaptureFixture[str]) -> None:
+    assert do(driver, "run", "export=none") == 0
+
+    assert driver.journal() == [line for line in ALL if "verify" not in line]
+    assert "verify: nothing was exported" in capsys.readouterr().out
+    assert run_of(driver).done.exists()
+
+
 def test_the_same_command_again_starts_nothing(driver: Driven, capsys: pytest.CaptureFixture[str]) -> None:
     do(driver, "run")
     before = run_of(driver).done.stat().st_mtime_ns

@@ -12,7 +12,7 @@ from trainer.fitting import Considered, components
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.memory import MemoryEstimate
 from trainer.paths import RunFolder
-from trainer.plan import RunPlan, estimate_memory, layout_of
+from trainer.plan import RunPlan, estimate_memory, layout_of, room_for_saves
 
 WORTH_A_WORD = 0.01
 """From this share of lost time on, the plan says what can be done about it."""
@@ -45,8 +45,7 @@ def show_plan(
 
 def show_imagined(plan: RunPlan) -> None:
     """What ``plan`` prints for GPUs that are not here: nothing of the data, which is prepared where they are."""
-    memory = memory_text(estimate_memory(plan))
-    rows = [*devices_rows(plan), ("memory of a rank", memory), *capacity_rows(plan)]
+    rows = [*devices_rows(plan), *memory_rows(plan, estimate_memory(plan)), *capacity_rows(plan)]
     console.table(["", ""], [list(row) for row in rows], title="Plan for GPUs that this machine does not have")
     show_layouts(plan)
     console.note("data, packs and steps are planned on the machine itself, by the same command without these fields")
@@ -100,7 +99,7 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
             if schedule.waiting is None
             else [("waiting", waiting_text(schedule.waiting, config.packing.cost, schedule.by_time))]
         ),
-        ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
+        *memory_rows(plan, estimate_memory(on_disk(plan, prepared), prepared.dtype)),
     ]
 
 
@@ -121,6 +120,24 @@ def waiting_text(share: float, cost: str, by_time: bool) -> str:
     if cost == "time":
         advice = "" if by_time else "; packs of a step are dealt by time: a document takes longer than a pack may"
     return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
+
+
+def memory_rows(plan: RunPlan, memory: MemoryEstimate | None) -> list[tuple[str, str]]:
+    """What a rank needs, and what saves need in main memory beside it."""
+    return [
+        ("memory of a rank", memory_text(memory)),
+        *([] if memory is None else [("saves", saves_text(plan, memory))]),
+    ]
+
+
+def saves_text(plan: RunPlan, memory: MemoryEstimate) -> str:
+    """Whether the training waits for its saves, and what they take in main memory where it does not."""
+    if not plan.config.checkpoint.asynchronous:
+        return "the training waits for them (checkpoint.asynchronous=false)"
+    if plan.waits_for_saves:
+        return f"the training waits for them: {plan.waits_for_saves}"
+    copies = gigabytes(room_for_saves(plan, memory).copies)
+    return f"behind the training, from copies in the main memory: {copies} on a machine"
 
 
 def memory_text(memory: MemoryEstimate | None) -> str:

@@ -277,6 +277,8 @@ def checks(lineage: Lineage) -> str:
             f"(allowed {one.tolerance:g}){_tensors(one.tensors)}."
             + (f" In memory, {rounding_price(one.rounding)}." if one.rounding else "")
         )
+    if lineage.config.export.nothing:
+        return "There is no export."
     return bullets(found) if found else "The export was not verified."
 
 

@@ -152,6 +152,7 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
     """
     verification = folder.export / VERIFICATION
     exports = [path for path in (folder.adapter, folder.merged) if path.is_dir()]
+    verified = read_marker(folder, "verify") is not None and not plan.config.export.nothing
     cost = cost_of(read_account(folder.cost), Factors(**asdict(plan.config.cost)))
     return Lineage(
         format=FORMAT,
@@ -169,7 +170,7 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
         evaluations={path.stem: read(path, EvaluationRecord) for path in sorted(folder.evaluation.glob("*.json"))},
         stages=_stages(folder),
         exports={path.name: describe_files(path) for path in exports},
-        verification=read(verification, list[Comparison]) if read_marker(folder, "verify") else [],
+        verification=read(verification, list[Comparison]) if verified else [],
         environment=read(folder.env_json, EnvironmentRecord),
         config=plan.config,
         cost=cost,
