@@ -18,6 +18,7 @@ from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.tracked import sync_runs
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 
@@ -34,6 +35,8 @@ Verbs:
 """
 SHOW = "show"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
+SYNC = "sync"
+SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
 OPTIONS = """\
 
 Options:
@@ -88,7 +91,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, "help"):
+    if verb not in (*VERBS, SHOW, SYNC, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -118,12 +121,12 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SYNC, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, {SHOW}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join(VERBS)}, {SHOW}, {SYNC}, help; a run folder; or overrides such as +experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -144,7 +147,7 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, SYNC: SYNC_HELP}
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
     elif words.verb == SHOW:
@@ -157,6 +160,8 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
             allowed="python -m trainer show --verify RUN",
             do="leave it out; a resume reads every byte anyway, and the stage `verify` is the word without dashes",
         )
+    elif words.verb == SYNC:
+        return _sync(words)
     elif words.runs:
         return _existing(words, cwd)
     else:
@@ -174,6 +179,18 @@ def _show(words: Words) -> None:
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
     show_runs(words.runs, contents=words.verify)
+
+
+def _sync(words: Words) -> int:
+    if not words.runs or words.overrides or words.multirun or words.show_config:
+        raise UserError(
+            "sync sends what there is of runs",
+            where="command line",
+            got="no run folder" if not words.runs else "settings or options beside the run folders",
+            allowed="run folders, which have been given their trackers",
+            do="python -m trainer sync outputs/NAME/IDENTITY [another ...]",
+        )
+    return sync_runs(words.runs)
 
 
 def _existing(words: Words, cwd: Path) -> int:

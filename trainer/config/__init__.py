@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from trainer.config.bounds import Count, Natural, NonNegative, Positive, Probability, Seed, Share
 from trainer.config.launch import LaunchConfig
+from trainer.config.tracking import TrackingConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["classification", "extraction", "summary", "chat", "text"]
@@ -363,3 +364,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
