@@ -19,6 +19,7 @@ from trainer.compose import compose, config_text, expand_multirun, help_text
 from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.tracked import sync_runs
 from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
@@ -42,6 +43,8 @@ AGENT = "agent"
 SWEEP = "sweep"
 SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
+SYNC = "sync"
+SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
 OPTIONS = """\
 
 Options:
@@ -99,7 +102,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, SWEEP, "help"):
+    if verb not in (*VERBS, SHOW, SWEEP, SYNC, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -130,12 +133,12 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, SYNC, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, 'help'))}; a run folder; or overrides such as "
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, SYNC, 'help'))}; a run folder; or overrides such as "
         "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
@@ -159,7 +162,7 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     if words.version:
         console.say(__version__)
     elif words.help:
-        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP, SYNC: SYNC_HELP}
         helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
@@ -169,6 +172,8 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
         raise _belongs_to_show(words)
     elif words.verb == SWEEP:
         return _sweep(words, arguments, cwd)
+    elif words.verb == SYNC:
+        return _sync(words)
     elif words.runs:
         return _existing(words, cwd)
     else:
@@ -211,6 +216,18 @@ def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         )
     typed = shlex.join(["python", "-m", "trainer", *arguments])
     return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=typed, multirun=words.multirun)
+
+
+def _sync(words: Words) -> int:
+    if not words.runs or words.overrides or words.multirun or words.show_config:
+        raise UserError(
+            "sync sends what there is of runs",
+            where="command line",
+            got="no run folder" if not words.runs else "settings or options beside the run folders",
+            allowed="run folders, which have been given their trackers",
+            do="python -m trainer sync outputs/NAME/IDENTITY [another ...]",
+        )
+    return sync_runs(words.runs)
 
 
 def _existing(words: Words, cwd: Path) -> int:
