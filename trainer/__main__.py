@@ -24,6 +24,7 @@ from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 from trainer.sweeps.command import do_sweep
+from trainer.sweeps.multirun import do_each
 from trainer.sweeps.words import words_help
 
 USAGE = """\
@@ -51,7 +52,7 @@ Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
-  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4; in parallel: sweep -m ...
   --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
@@ -260,19 +261,20 @@ def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         each = expand_multirun(words.overrides, config_dir=words.config_dir, cwd=cwd)
     configs = [compose(overrides, config_dir=words.config_dir, cwd=cwd) for overrides in each]
     command = shlex.join(["python", "-m", "trainer", *arguments])
-    for number, (overrides, config) in enumerate(zip(each, configs, strict=True), start=1):
-        if len(each) > 1:
-            console.say(f"[{number} of {len(each)}] {shlex.join(overrides)}")
-        if words.show_config:
-            console.say(config_text(config).rstrip())
-            continue
-        one = [words.verb, *overrides]
+
+    def do(number: int) -> int:
+        one = [words.verb, *each[number]]
         if words.config_dir is not None:
             one += ["--config-dir", str(words.config_dir)]
-        code = do_new(words.verb, config, cwd=cwd, command=command, words=one, node_rank=words.node_rank)
-        if code != EXIT_DONE:
-            return code
-    return EXIT_DONE
+        return do_new(words.verb, configs[number], cwd=cwd, command=command, words=one, node_rank=words.node_rank)
+
+    if words.show_config:
+        for number, config in enumerate(configs):
+            if len(each) > 1:
+                console.say(f"[{number + 1} of {len(each)}] {shlex.join(each[number])}")
+            console.say(config_text(config).rstrip())
+        return EXIT_DONE
+    return do(0) if len(each) == 1 else do_each(each, configs, do, cwd=cwd)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
