@@ -11,14 +11,16 @@ def added_token_rules(config: Config) -> Iterator[Problem]:
     model = config.model
     both = {"model.add_tokens": model.add_tokens, "model.add_special_tokens": model.add_special_tokens}
     given = [token for tokens in both.values() for token in tokens]
+    seen: set[str] = set()
     for where, tokens in both.items():
-        for token in dict.fromkeys(tokens):
+        for token in tokens:
             if not token.strip():
                 yield Problem(what="is no token", where=where, got=repr(token), allowed="text", do="remove it")
-            elif given.count(token) > 1:
+            elif token in seen:
                 yield Problem(
                     what="is given twice", where=where, got=token, allowed="each token once", do="remove one of the two"
                 )
+            seen.add(token)
     where = next((name for name, tokens in both.items() if tokens), "")
     if where and config.method.freeze_embeddings:
         yield Problem(
