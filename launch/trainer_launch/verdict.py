@@ -22,7 +22,8 @@ class NodeResult:
     """``exit_code``: 0, 74, 75, 76, that of the first rank that failed, or 128 + the signal that ended it.
 
     ``cause``: one line, empty when all is done. ``log``: the log of that rank, when one is to blame. ``shown``: its
-    output was passed on already. ``lost_peer``: all that went wrong here is that somebody else was gone.
+    output was passed on already. ``lost_peer``: all that went wrong here is that somebody else was gone. ``signal``:
+    the signal that asked for a stop, "" when none came.
     """
 
     exit_code: int
@@ -30,6 +31,7 @@ class NodeResult:
     log: str = ""
     shown: bool = False
     lost_peer: bool = False
+    signal: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

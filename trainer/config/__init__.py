@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from trainer.config.bounds import Count, Natural, NonNegative, Positive, Probability, Seed, Share
+from trainer.config.cost import CostConfig
 from trainer.config.launch import LaunchConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -349,6 +350,11 @@ class ExportConfig:
     max_shard_gb: Positive = 5.0
     """Largest weight file, in 10^9 bytes."""
 
+    @property
+    def nothing(self) -> bool:
+        """Neither: figures alone are wanted."""
+        return not self.adapter and not self.merged
+
 
 @dataclass(slots=True, kw_only=True)
 class Config:
@@ -367,3 +373,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    cost: CostConfig = field(default_factory=CostConfig)

@@ -46,9 +46,8 @@ def divide(pending: Pending, read: Read, config: dict[str, Any], *, reads: bool)
         if convert is None:
             alone = nn.Module()
             alone.register_parameter("first", parameter)
-            init_distributed(
-                cast(Any, get_accelerator()).communication_backend_name(), verbose=False
-            )  # as the engine would do later
+            backend = cast(Any, get_accelerator()).communication_backend_name()
+            init_distributed(backend, verbose=False)  # as the engine would do later
             Init(module=alone, config_dict_or_path=config)
             convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]  # DeepSpeed has put it there
         else:
