@@ -132,8 +132,8 @@ def a_rank_never_has_the_whole(folder: Path, size: int, kind: StrategyName, rank
     grown = {load: growth(partial(load, ranks, folder, lora=False, dtype=torch.float32, kind=kind)) / size
              for load in (in_slices, at_once)}  # fmt: skip
     print(f"{kind}: in slices {grown[in_slices]:.2f} of the model, at once {grown[at_once]:.2f}")
-    assert grown[in_slices] < 0.9, grown
-    assert grown[at_once] > 1, grown
+    assert grown[in_slices] < 1, grown
+    assert grown[at_once] > 1.2, grown
 
 
 def growth(load: Callable[[], Strategy]) -> int:

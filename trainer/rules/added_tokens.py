@@ -1,9 +1,16 @@
 """Rules of tokens that are added to the vocabulary: they have to be new, told apart, and trained."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from trainer.config import Config
 from trainer.errors import Problem
+
+
+def added_tokens(config: Config) -> dict[str, Any]:
+    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
+    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
+    return {name: tokens for name, tokens in both.items() if tokens}
 
 
 def added_token_rules(config: Config) -> Iterator[Problem]:
