@@ -9,8 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from jinja2.exceptions import SecurityError
 from safetensors import SafetensorError
 from train_fixtures import BASE, IDENTITY, tiny_strategy
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.compose import compose
 from trainer.distributed.ranks import start_ranks
@@ -158,3 +160,13 @@ def test_nothing_in_the_source_sets_rights_itself() -> None:
     sources = [path for folder in ("trainer", "kernels", "launch") for path in (CHECKOUT / folder).rglob("*.py")]
     own = re.compile(r"\bumask\(|\bchmod\(|\bmktemp\(|\bmkdtemp\(")
     assert [path.name for path in sources if own.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append('x') }}", "{% include '/etc/passwd' %}"],
+    ids=["python", "data", "files"],
+)
+def test_a_chat_template_is_rendered_in_a_sandbox(template: str) -> None:
+    with pytest.raises((SecurityError, TypeError)):
+        render_jinja_template([[{"role": "user", "content": "x"}]], chat_template=template)
