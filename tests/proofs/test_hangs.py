@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from cli_fixtures import trainer, trainer_until
 
-from trainer.paths import RunFolder
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 WORDS = ["+experiment=smoke", "launch.device=cpu", "launch.processes=2", "launch.threads=1", "run.dir=run"]
@@ -54,6 +52,8 @@ def test_a_rank_frozen_outside_of_training_is_named(tmp_path: Path, at: str, whe
     said = rf"rank 1 \(process {freeze.frozen} on \S+\) has given no sign of life for \d+ s, last in '({where})'"
     assert re.search(said, ended.out), ended.out
     for rank in (0, 1):
-        assert "most recent call first" in RunFolder(tmp_path / "run").log(rank).read_text(), f"stacks of rank {rank}"
+        assert "most recent call first" in (tmp_path / "run" / "logs" / f"rank{rank}.log").read_text(), (
+            f"stacks of rank {rank}"
+        )
     again = trainer(tmp_path, *WORDS)
     assert again.code == 0, again.out + again.err
