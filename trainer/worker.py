@@ -18,6 +18,7 @@ from trainer.markers import BY_RANKS, is_current
 from trainer.model.loss import PackedLoss
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
+from trainer.rank.baseline import measure_baseline
 from trainer.rank.exports import write_exports
 from trainer.rank.job import Job, read_inputs, watched
 from trainer.rank.model import (
@@ -30,6 +31,7 @@ from trainer.rank.model import (
     whole_model,
 )
 from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
+from trainer.rank.spending import open_book
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -61,6 +63,7 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
             traces=folder.logs,
         )
+        book = open_book(folder, ranks)
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
             todo = ranks.gather(
@@ -68,10 +71,19 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             )
             if todo[0]:
                 with watched(folder, plan, ranks) as watchdog:
-                    job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop, watchdog=watchdog)
+                    job = Job(
+                        folder=folder,
+                        plan=plan,
+                        prepared=prepared,
+                        ranks=ranks,
+                        stop=stop,
+                        watchdog=watchdog,
+                        book=book,
+                    )
                     do_stages(job, todo[0])
                     watchdog.enter("leaving", 0)
         finally:
+            book.close()
             ranks.close()
 
 
@@ -93,6 +105,9 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
     check_gate(job)
     if "export" in todo:
         with job.stage("export") as summary:
+            if job.plan.config.export.nothing:
+                job.say("export: nothing, as export.adapter=false export.merged=false say")
+                return
             whole = whole_model(job, strategy, loss)
             if whole is not None:
                 summary |= cost_of_quantising(job, loss, whole)
@@ -109,8 +124,7 @@ def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | N
         logits_via = check_model(job, model)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
+            summary |= measure_baseline(job, packed_loss(job, model, logits_via))
     if set(todo) <= {"baseline"}:
         return None
     with job.loading():
@@ -124,8 +138,7 @@ def load_in_slices(job: Job, todo: Sequence[str], base: Skeleton) -> tuple[Packe
         loss, strategy = sharded_loss(job, base)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", loss, strategy)
+            summary |= measure_baseline(job, loss, strategy)
     return None if set(todo) <= {"baseline"} else (loss, strategy)
 
 

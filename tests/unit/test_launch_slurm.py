@@ -294,7 +294,7 @@ def test_the_job_of_a_plan(tmp_path: Path) -> None:
 def test_an_agent_is_told_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path / "bin", "scontrol", 'echo "$3" | tr , "\\n"', monkeypatch)
     plan = planned(tmp_path, *SLURM, "launch.container=[apptainer,exec]", "launch.python=/opt/python")
-    here = Allocation(job=12, restarts=1, nodes=2, node_list="n3,n4", cpus=None)
+    here = Allocation(job=12, restarts=1, nodes=2, node_list="n3,n4", cpus=None, name="12")
     words = agent_words(plan, "train", here)
     assert words[:6] == ("apptainer", "exec", "/opt/python", "-m", "trainer", "train")
     assert words[6:] == (plan.run_dir, "launch.address=n3:15085", "launch.device=cpu", "launch.processes=1")

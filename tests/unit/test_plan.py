@@ -199,6 +199,12 @@ def test_every_task_offers_loss_and_names_its_metrics(home: Path, task: str) -> 
 # ---- inputs on disk
 
 
+@pytest.mark.parametrize("method", ["method=full", "method=lora"])
+def test_that_nothing_is_exported_may_be_meant(method: str) -> None:
+    config = compose(["data.train=rows.jsonl", method, "export=none"], config_dir=None, cwd=Path.cwd())
+    assert check(config) == []
+
+
 def test_missing_and_empty_inputs_are_found_before_anything_starts(home: Path) -> None:
     (home / "empty.jsonl").touch()
     (home / "notes.md").write_text("x")

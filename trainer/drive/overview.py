@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from trainer import console
 from trainer.console import gigabytes
-from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk, read_scores
+from trainer.drive.look.gather import look_at
+from trainer.drive.look.tables import Table, cost_table, result_table, time_rows
+from trainer.drive.look.terminal import print_table
+from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk
 from trainer.fitting import Considered, components
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.memory import MemoryEstimate
@@ -170,37 +173,13 @@ def stage_fate(marker: Marker | None, is_pending: bool) -> str:
 
 
 def show_end(folder: RunFolder) -> None:
-    """The closing tables: before and after, time per stage, where everything is."""
-    rows = comparison(folder)
-    if rows:
-        console.table(["on the test split", "before", "after"], rows, title="Result")
-    console.table(["stage", "time", ""], time_rows(folder), title="Time")
+    """The closing tables: before and after, time per stage, what it cost, where everything is."""
+    look = look_at(folder)
+    times = Table(title="Time", columns=["stage", "time", ""], rows=time_rows(look))
+    for table in (result_table(look), times, cost_table(look)):
+        if table is not None:
+            print_table(table)
     console.table(["", ""], [list(row) for row in place_rows(folder)], title="Where everything is")
-
-
-def comparison(folder: RunFolder) -> list[list[str]]:
-    """Every figure of the tuned model beside that of the untuned one."""
-    before, after = read_scores(folder, "zero_shot"), read_scores(folder, "tuned")
-    if after is None:
-        return []
-    there = {} if before is None else {**before.metrics, **_loss(before.loss)}
-    here = {**after.metrics, **_loss(after.loss)}
-    return [[name, _figure(there.get(name)), _figure(value)] for name, value in here.items()]
-
-
-def time_rows(folder: RunFolder) -> list[list[str]]:
-    """Stage, wall time, and the figures of its marker; the sum last."""
-    markers = [marker for marker in (read_marker(folder, stage) for stage in STAGES) if marker is not None]
-    rows = [[marker.stage, console.format_seconds(marker.seconds), summary_text(marker)] for marker in markers]
-    return [*rows, ["together", console.format_seconds(sum(marker.seconds for marker in markers)), ""]]
-
-
-def summary_text(marker: Marker) -> str:
-    """``steps 40, loss 0.31``: what a stage has to say about itself."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in marker.summary.items()
-    )
 
 
 def place_rows(folder: RunFolder) -> list[tuple[str, str]]:
@@ -223,11 +202,3 @@ def _size(name: str, folder: RunFolder) -> str:
     if name != "merged model":
         return ""
     return f" ({gigabytes(sum(file.stat().st_size for file in folder.merged.rglob('*') if file.is_file()))})"
-
-
-def _loss(loss: float | None) -> dict[str, float]:
-    return {} if loss is None else {"loss": loss}
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from trainer import console
+from trainer.book import Book
 from trainer.distributed.ranks import Ranks
 from trainer.errors import DataError, RunError
 from trainer.markers import BY_RANKS, Marker, write_marker
@@ -40,6 +41,7 @@ class Job:
     ranks: Ranks
     stop: StopFlag
     watchdog: Watchdog
+    book: Book
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -72,12 +74,13 @@ class Job:
         start = time.monotonic()
         summary: Summary = {}
         self.watchdog.enter(f"stage {name}", 0)
-        if name == "train":
-            yield summary
-        else:
-            with self.stop.at_once(name):
+        with self.book.stage(name):
+            if name == "train":
                 yield summary
-        self.ranks.barrier()
+            else:
+                with self.stop.at_once(name):
+                    yield summary
+            self.ranks.barrier()
         if self.ranks.is_first:
             finished = datetime.now(UTC).isoformat(timespec="seconds")
             seconds = time.monotonic() - start
