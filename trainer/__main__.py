@@ -41,7 +41,7 @@ SHOW = "show"
 AGENT = "agent"
 SWEEP = "sweep"
 SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
-SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
+SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
 OPTIONS = """\
 
 Options:
@@ -49,6 +49,7 @@ Options:
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
   -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
   -h, --help         this text
@@ -67,6 +68,7 @@ class Words:
     multirun: bool
     node_rank: int | None
     verify: bool
+    html: Path | None
     help: bool
     version: bool
 
@@ -90,6 +92,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     parser.add_argument("--node-rank", type=int)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--html", type=Path)
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     found = parser.parse_intermixed_args(list(arguments))
@@ -110,6 +113,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
         multirun=found.multirun,
         node_rank=found.node_rank,
         verify=found.verify,
+        html=found.html,
         help=found.help or verb == "help",
         version=found.version,
     )
@@ -161,21 +165,27 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
         _show(words)
+    elif words.verify or words.html:
+        raise _belongs_to_show(words)
     elif words.verb == SWEEP:
         return _sweep(words, arguments, cwd)
-    elif words.verify:
-        raise UserError(
-            "--verify belongs to show",
-            where="command line",
-            got=f"--verify with {words.verb}",
-            allowed="python -m trainer show --verify RUN",
-            do="leave it out; a resume reads every byte anyway, and the stage `verify` is the word without dashes",
-        )
     elif words.runs:
         return _existing(words, cwd)
     else:
         return _new(words, arguments, cwd)
     return EXIT_DONE
+
+
+def _belongs_to_show(words: Words) -> UserError:
+    option = "--verify" if words.verify else "--html FILE"
+    verify = "; a resume reads every byte anyway, and the stage `verify` is the word without dashes"
+    return UserError(
+        f"{option} belongs to show",
+        where="command line",
+        got=f"{option} with {words.verb}",
+        allowed=f"python -m trainer show {option} RUN",
+        do="leave it out" + (verify if words.verify else ""),
+    )
 
 
 def _show(words: Words) -> None:
@@ -187,7 +197,7 @@ def _show(words: Words) -> None:
             allowed="one run folder, or several to compare",
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
-    show_runs(words.runs, contents=words.verify)
+    show_runs(words.runs, contents=words.verify, page=words.html)
 
 
 def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:

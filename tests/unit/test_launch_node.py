@@ -159,8 +159,9 @@ def stop(number, frame):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, stop)
+if rank == 1: say("ready")  # before the meeting: the word of rank 0, after it, brings the signal to both
 meet()
-say("ready")
+if rank == 0: say("ready")
 forever()
 """
 

@@ -29,7 +29,6 @@ class SweepConfig:
     order, or stopped with Ctrl-C, is no failure."""
     seed: Seed = 0
     """Seed of the search."""
-    pruner: EngineName = Literal["optuna", "wandb"]
-PrunerName = "auto"
+    pruner: PrunerName = "auto"
     """What ends bad trials early: ``hyperband`` as in the file's ``early_terminate``, ``median`` (worse than the median
     of the trials before), or ``none``. ``auto``: ``hyperband`` if the file says so, else ``none``."""

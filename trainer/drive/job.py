@@ -12,7 +12,9 @@ Slurm sends its signals to the processes of the step. One that reaches only this
 """
 
 import argparse
+import errno
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +43,8 @@ from trainer_launch.slurm import Allocation, NoAnswer, SlurmError
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TRIES, PAUSE = 40, 15.0
 """So often, so many seconds apart, a controller that does not answer is asked: ten minutes."""
+NEIGHBOURS = 100
+"""So many ports are tried, from the one of this start on."""
 LOCK_SECONDS = 180.0
 """How long a start waits for processes of an earlier one that still hold the run, on a machine that was cut off."""
 
@@ -93,7 +97,8 @@ def agent_words(plan: RunPlan, verb: str, here: Allocation) -> tuple[str, ...]:
         SlurmError: Slurm does not name the machines.
     """
     launch = plan.config.launch
-    port = meeting_port(here.job, here.restarts)
+    host = slurm.hosts(here.node_list)[0]
+    port = free_port(host, meeting_port(here.job, here.restarts))
     return (
         *launch.container,
         launch.python or sys.executable,
@@ -101,10 +106,25 @@ def agent_words(plan: RunPlan, verb: str, here: Allocation) -> tuple[str, ...]:
         "trainer",
         verb,
         plan.run_dir,
-        f"launch.address={slurm.hosts(here.node_list)[0]}:{port}",
+        f"launch.address={host}:{port}",
         f"launch.device={plan.device}",
         f"launch.processes={plan.processes}",
     )
+
+
+def free_port(host: str, port: int) -> int:
+    """``port``, or one soon after it where somebody listens there; as it is where ``host`` is not this machine.
+
+    The batch step runs on the first machine of its job, where node 0 will listen.
+    """
+    for candidate in range(port, port + NEIGHBOURS):
+        try:
+            with socket.create_server((host, candidate)):
+                return candidate
+        except OSError as fault:
+            if fault.errno != errno.EADDRINUSE:
+                return port
+    return port
 
 
 def default_words(folder: RunFolder, verb: str, here: Allocation) -> tuple[str, ...]:
