@@ -215,6 +215,21 @@ class RunFolder:
         """One marker per finished stage."""
         return self.root / "stages"
 
+    @property
+    def tracking(self) -> Path:
+        """What trackers were sent, and samples of the machine."""
+        return self.root / "tracking"
+
+    @property
+    def system_jsonl(self) -> Path:
+        """What GPUs, CPUs and memory did, a line per look."""
+        return self.tracking / "system.jsonl"
+
+    @property
+    def tracking_log(self) -> Path:
+        """What the process beside the training said."""
+        return self.logs / "tracking.log"
+
     def rank_log(self, rank: int) -> Path:
         """Everything that ``rank`` printed."""
         return self.logs / f"rank{rank}.log"

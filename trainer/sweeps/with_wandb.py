@@ -13,6 +13,7 @@ import yaml
 
 from trainer import console
 from trainer.compose import compose
+from trainer.config import Config
 from trainer.config.sweep import SweepConfig
 from trainer.drive.trial import SWEEPS
 from trainer.errors import EXIT_DONE, ConfigError, Problem
@@ -41,10 +42,12 @@ def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path, m
         words = words_in_a_task(words, config.launch)
     require_wandb_can(space, words)
     require_usable(space, [*words, *_with_tracker(words)], config_dir=config_dir, cwd=cwd)
+    _require_online(config)
     fixed = [*words, *(["eval.max_loss=null"] if config.eval.max_loss is not None else [])]
     body = cast("Mapping[str, Any]", yaml.safe_load(path.read_text(encoding="utf-8")))
     text = registered_text(body, space, fixed, trials, config_dir=config_dir)
-    made = register(text, cwd / SWEEPS, entity=body.get("entity"), project=str(body.get("project", "trimtab")))
+    owner = config.tracking
+    made = register(text, cwd / SWEEPS, entity=owner.entity, project=str(body.get("project") or owner.project))
     how_many = "no end" if trials is None else f"{trials} trials"
     console.say(f"registered sweep {made.sweep} ({space.name}: {space.method}, {space.metric.name}, {how_many})")
     for warning in made.warnings:
@@ -78,3 +81,14 @@ def _require_fitting(asked: SweepWords, *, multirun: bool) -> None:
 
 def _with_tracker(words: list[str]) -> list[str]:
     return [] if any(word.lstrip("+").startswith("tracking=") for word in words) else ["tracking=wandb"]
+
+
+def _require_online(config: Config) -> None:
+    if config.tracking.wandb_mode == "offline":
+        raise ConfigError(
+            "a sweep of W&B needs its server: the server chooses the settings",
+            where="tracking.wandb_mode",
+            got="offline",
+            allowed="online",
+            do="leave it out; or sweep.engine=optuna, which needs no server",
+        )
