@@ -92,8 +92,8 @@ class WandbSink:
     def finish(self, facts: Facts) -> None:
         """Tell the facts and wait until the client has sent what it has.
 
-        Stopped runs count as preempted, but not those of a sweep: W&B would give them to the next agent that asks, while
-        the task that they belong to goes on with them, or after the sweep itself has stopped them.
+        Stopped runs count as preempted, but not those of a sweep: W&B would give these to the next agent that asks,
+        while their own task goes on with them, or after the sweep itself has stopped them.
         """
         run = self._run
         run.summary.update(dict(facts.summary))
