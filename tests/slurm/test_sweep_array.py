@@ -81,7 +81,7 @@ def goes_through(lab: Cluster, array: Array, trials: int) -> None:
     for task in range(1, trials + 1):
         arrived = array.server.runs[array.trial(task).run]
         assert arrived.state == "finished"
-        assert [row["_step"] for row in arrived.rows if "loss" in row] == list(range(1, STEPS + 1))
+        assert [row["_step"] for row in arrived.rows if "train/loss" in row] == list(range(1, STEPS + 1))
     log = (array.tasks.parents[4] / f"sweep-{array.job}_{trials}.log").read_text()
     assert f"the trial goes on: W&B run {stopped.run}" in log
     assert "continuing after step" in log

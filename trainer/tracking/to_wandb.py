@@ -13,6 +13,7 @@ from typing import Any, Literal
 import wandb
 
 from trainer.errors import EXIT_STOPPED
+from trainer.tracking.figures import as_in_sweep_files
 from trainer.tracking.sink import Facts
 from trainer.tracking.texts import COLUMNS, Table, Weights
 
@@ -85,8 +86,9 @@ class WandbSink:
         return self._last
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Add the figures of a step."""
-        self._run.log(dict(row), step=step, commit=True)
+        """Add the figures of a step; in a sweep also by the names of its file."""
+        judged = as_in_sweep_files(row) if self._run.sweep_id else {}
+        self._run.log({**row, **judged}, step=step, commit=True)
         self._last = step
 
     def finish(self, facts: Facts) -> None:
@@ -96,7 +98,8 @@ class WandbSink:
         while their own task goes on with them, or after the sweep itself has stopped them.
         """
         run = self._run
-        run.summary.update(dict(facts.summary))
+        judged = as_in_sweep_files(facts.summary) if run.sweep_id else {}
+        run.summary.update({**facts.summary, **judged})
         if facts.lineage:
             run.config.update({"lineage": dict(facts.lineage)}, allow_val_change=True)
         for table in facts.fresh_tables():
