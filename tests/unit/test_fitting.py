@@ -50,7 +50,7 @@ TAKEN = {
     ("3 B", 24, 8): ("fsdp, reduced each time, checkpointing", "ddp"),
     ("3 B", 80, 1): ("one process, checkpointing", "one process"),
     ("8 B", 24, 1): (None, "one process, checkpointing"),
-    ("8 B", 40, 8): (None, "fsdp"),
+    ("8 B", 40, 8): ("zero3, optimizer offloaded, weights offloaded, checkpointing", "fsdp"),
     ("8 B", 80, 1): (None, "one process"),
     ("8 B", 80, 8): ("fsdp, reduced each time", "ddp"),
     ("8 B", 141, 1): (None, "one process"),
@@ -215,7 +215,7 @@ def test_shorter_packs_or_more_gpus_are_named_where_they_help(tmp_path: Path) ->
     one = Devices(gpus=1, cores=8, gpu_memory=20 * GB)
     words = (model_folder(tmp_path), "packing.capacity=32768")
     assert "packing.capacity=1024 (one process, checkpointing)" in refused(tmp_path, *words, devices=one).do
-    tight = Devices(gpus=8, cores=8, gpu_memory=36 * GB)
+    tight = Devices(gpus=8, cores=8, gpu_memory=36 * GB, deepspeed=False)
     problem = refused(tmp_path, model_folder(tmp_path), "method=full", "packing.capacity=8", devices=tight)
     assert "GPUs of this size" in problem.do
 
