@@ -19,10 +19,12 @@ from trainer.compose import compose, config_text, expand_multirun, help_text
 from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.tracked import sync_runs
 from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 from trainer.sweeps.command import do_sweep
+from trainer.sweeps.multirun import do_each
 from trainer.sweeps.words import words_help
 
 USAGE = """\
@@ -42,13 +44,15 @@ AGENT = "agent"
 SWEEP = "sweep"
 SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
 SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
+SYNC = "sync"
+SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
 OPTIONS = """\
 
 Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
-  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4; in parallel: sweep -m ...
   --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
@@ -99,7 +103,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, SWEEP, "help"):
+    if verb not in (*VERBS, SHOW, SWEEP, SYNC, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -130,12 +134,12 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, SYNC, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, 'help'))}; a run folder; or overrides such as "
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, SYNC, 'help'))}; a run folder; or overrides such as "
         "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
@@ -159,7 +163,7 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     if words.version:
         console.say(__version__)
     elif words.help:
-        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP, SYNC: SYNC_HELP}
         helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
@@ -169,6 +173,8 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
         raise _belongs_to_show(words)
     elif words.verb == SWEEP:
         return _sweep(words, arguments, cwd)
+    elif words.verb == SYNC:
+        return _sync(words)
     elif words.runs:
         return _existing(words, cwd)
     else:
@@ -213,6 +219,18 @@ def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
     return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=typed, multirun=words.multirun)
 
 
+def _sync(words: Words) -> int:
+    if not words.runs or words.overrides or words.multirun or words.show_config:
+        raise UserError(
+            "sync sends what there is of runs",
+            where="command line",
+            got="no run folder" if not words.runs else "settings or options beside the run folders",
+            allowed="run folders, which have been given their trackers",
+            do="python -m trainer sync outputs/NAME/IDENTITY [another ...]",
+        )
+    return sync_runs(words.runs)
+
+
 def _existing(words: Words, cwd: Path) -> int:
     if words.multirun:
         raise UserError(
@@ -243,19 +261,20 @@ def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         each = expand_multirun(words.overrides, config_dir=words.config_dir, cwd=cwd)
     configs = [compose(overrides, config_dir=words.config_dir, cwd=cwd) for overrides in each]
     command = shlex.join(["python", "-m", "trainer", *arguments])
-    for number, (overrides, config) in enumerate(zip(each, configs, strict=True), start=1):
-        if len(each) > 1:
-            console.say(f"[{number} of {len(each)}] {shlex.join(overrides)}")
-        if words.show_config:
-            console.say(config_text(config).rstrip())
-            continue
-        one = [words.verb, *overrides]
+
+    def do(number: int) -> int:
+        one = [words.verb, *each[number]]
         if words.config_dir is not None:
             one += ["--config-dir", str(words.config_dir)]
-        code = do_new(words.verb, config, cwd=cwd, command=command, words=one, node_rank=words.node_rank)
-        if code != EXIT_DONE:
-            return code
-    return EXIT_DONE
+        return do_new(words.verb, configs[number], cwd=cwd, command=command, words=one, node_rank=words.node_rank)
+
+    if words.show_config:
+        for number, config in enumerate(configs):
+            if len(each) > 1:
+                console.say(f"[{number + 1} of {len(each)}] {shlex.join(each[number])}")
+            console.say(config_text(config).rstrip())
+        return EXIT_DONE
+    return do(0) if len(each) == 1 else do_each(each, configs, do, cwd=cwd)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

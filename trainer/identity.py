@@ -78,3 +78,14 @@ def _selection(config: Config) -> dict[str, Any]:
 def identity_of(config: Config, of_model: str, of_data: str) -> str:
     """Return the first ten hex digits of the digest of ``identity_parts``."""
     return digest(identity_parts(config, of_model, of_data))[:10]
+
+
+def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
+    flat: dict[str, Any] = {}
+    for name, value in parts.items():
+        if isinstance(value, dict) and name != "columns":
+            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

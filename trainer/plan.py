@@ -6,7 +6,7 @@ therefore finds its run again, on another machine too, and a run is never contin
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +30,7 @@ from trainer.fitting import (
 )
 from trainer.host_memory import SavingRoom, saving_room
 from trainer.identity import FORMAT as FORMAT
+from trainer.identity import flatten as flatten
 from trainer.identity import identity_of, identity_parts
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
@@ -245,17 +246,6 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
         for name in names
         if before.get(name) != after.get(name)
     ]
-
-
-def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
-    flat: dict[str, Any] = {}
-    for name, value in parts.items():
-        if isinstance(value, dict) and name != "columns":
-            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _short(value: object) -> str:

@@ -134,6 +134,10 @@ def _viewer(server: Store, values: Values) -> Any:
     return {"viewer": viewer | {"name": "t", "teams": team, "apiKeys": {"edges": []}}}
 
 
+def _default_entity(server: Store, values: Values) -> Any:
+    return {"viewer": {"id": "u1", "entity": ENTITY}}
+
+
 def _server_info(server: Store, values: Values) -> Any:
     return {"serverInfo": {"cliVersionInfo": {"max_cli_version": "0.99.0"}, "latestLocalVersionInfo": None}}
 
@@ -190,6 +194,16 @@ def _upsert_run(server: Store, values: Values) -> Any:
         run.summary = json.loads(values["summaryMetrics"])
     run.given |= {key: value for key, value in values.items() if value is not None and key != "config"}
     return {"upsertBucket": {"bucket": _node(run), "inserted": is_new}}
+
+
+def _read_run(server: Store, values: Values) -> Any:
+    run = server.runs.get(values["name"])
+    if run is None:
+        return {"project": {"run": None}}
+    keys = {"lastStep": run.rows[-1]["_step"] if run.history else -1, "sets": [], "keys": {}}
+    more = {"group": None, "commit": None, "readOnly": False, "notes": None, "systemMetrics": "{}", "user": None}
+    more |= {"createdAt": "2026-01-01T00:00:00Z", "projectId": "p1", "historyKeys": keys}
+    return {"project": {"run": _node(run) | more}}
 
 
 def _resume_status(server: Store, values: Values) -> Any:
@@ -330,9 +344,12 @@ def _commit_artifact(server: Store, values: Values) -> Any:
 
 OPERATIONS: dict[str, Callable[[Store, Values], Any]] = {
     "Viewer": _viewer,
+    "GetDefaultEntity": _default_entity,
     "ServerInfo": _server_info,
     "ServerFeaturesQuery": _features,
     "UpsertBucket": _upsert_run,
+    "Run": _read_run,
+    "RunHistoryKeys": _read_run,
     "RunResumeStatus": _resume_status,
     "RunStoppedStatus": _stopped_status,
     "CreateRunFiles": _create_files,

@@ -16,6 +16,7 @@ from msgspec import Meta
 from trainer.config.bounds import Count, Natural, NonNegative, Positive, Probability, Seed, Share
 from trainer.config.cost import CostConfig
 from trainer.config.launch import LaunchConfig
+from trainer.config.tracking import TrackingConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal["classification", "extraction", "summary", "chat", "text"]
@@ -373,4 +374,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cost: CostConfig = field(default_factory=CostConfig)

@@ -13,6 +13,7 @@ from trainer.rules.launch import launch_rules
 from trainer.rules.launch_slurm import slurm_rules
 from trainer.rules.matrix import matrix_rules
 from trainer.rules.run_folder import name_rules, secret_rules
+from trainer.rules.tracking import tracking_rules
 from trainer.rules.training import method_rules, model_rules, optim_rules, packing_rules, parallel_rules
 
 __all__ = ["check"]
@@ -34,6 +35,7 @@ RULES = (
     slurm_rules,
     generation_rules,
     validation_rules,
+    tracking_rules,
     secret_rules,
 )
 """In the order in which their problems are listed."""

@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.config.sweep import SweepConfig
 from trainer.drive.deadline import stopping_in_time
 from trainer.drive.run import devices_here
-from trainer.errors import EXIT_DONE, ConfigError, Problem, StoppedInGoodOrder, UserError
+from trainer.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, Problem, StoppedInGoodOrder, UserError
 from trainer.layout import Devices
 from trainer.plan import make_plan
 from trainer.sweeps.distributions import Parameter
@@ -80,7 +80,7 @@ def do_sweep(words: Sequence[str], *, config_dir: Path | None, cwd: Path, typed:
     )
     from trainer.sweeps.results import show_results, write_results
     from trainer.sweeps.study import Study
-    from trainer.sweeps.worker import Sweep, work_together
+    from trainer.sweeps.worker import Sweep, stopped_by_signals, work_together
 
     study = Study(folder.journal, space, seed=settings.seed, pruner=pruner, trials=settings.trials)
     _say_start(space, folder, settings, pruner, len(shares), gate=config.eval.max_loss)
@@ -90,16 +90,14 @@ def do_sweep(words: Sequence[str], *, config_dir: Path | None, cwd: Path, typed:
     sweep = Sweep(
         space=space, study=study, folder=folder, words=(*fixed, *own), retries=asked.config.retries, stop=stop
     )
-    try:
-        with stopping_in_time(None, grace=config.launch.grace + MARGIN_SECONDS):
-            work_together(sweep, shares)
-    except KeyboardInterrupt:
-        raise StoppedInGoodOrder(
-            f"stopped; every trial is where it was, and the same command goes on: {typed}"
-        ) from None
+    with stopped_by_signals(stop), stopping_in_time(None, grace=config.launch.grace + MARGIN_SECONDS):
+        work_together(sweep, shares)
+    if stop.is_set():
+        raise StoppedInGoodOrder(f"stopped; every trial is where it was, and the same command goes on: {typed}")
     best = write_results(folder, study, space, overrides, config_dir=config_dir, cwd=cwd)
     show_results(folder, study, space, best)
-    return EXIT_DONE
+    running = any(trial.state == "running" for trial in study.trials())
+    return EXIT_DONE if best is not None or running else EXIT_FAILURE
 
 
 def require_extra() -> None:

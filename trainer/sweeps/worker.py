@@ -1,10 +1,13 @@
 """Workers: each takes one trial after the other, a left one before a new one, until the budget is used up."""
 
 import os
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Literal
 
 from trainer import console
@@ -17,6 +20,7 @@ from trainer.sweeps.trial import Ended, run_trial
 
 WAIT_SECONDS = 0.5
 """How long a worker waits for the first trial to have prepared what all of them need."""
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FAILURES = "failures"
 """Note of a trial: starts that failed, the one that is going on among them until it has ended otherwise."""
 WHY = "why"
@@ -147,7 +151,6 @@ def work_together(sweep: Sweep, shares: Sequence[dict[str, str]]) -> None:
     """One worker for each of ``shares`` (its variables), until all have ended.
 
     Raises:
-        KeyboardInterrupt: this process was told to stop; every trial was told so, and has ended.
         Exception: the first that ended a worker; the others were stopped.
     """
     faults: list[BaseException] = []
@@ -156,23 +159,36 @@ def work_together(sweep: Sweep, shares: Sequence[dict[str, str]]) -> None:
         try:
             work(sweep, variables)
         except BaseException as fault:
-            faults.append(fault)
+            faults.append(fault)  # for the caller's thread
             sweep.stop.set()
 
     threads = [threading.Thread(target=partial(alone, share), name=f"worker {k}") for k, share in enumerate(shares)]
-    interrupted = False
     for thread in threads:
         thread.start()
     for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join(1.0)
-            except KeyboardInterrupt:  # a second one changes nothing: the trials are saving
-                interrupted = True
-                if not sweep.stop.is_set():
-                    console.say("stopping: every trial saves and ends")
-                sweep.stop.set()
+        thread.join()
     if faults:
         raise faults[0]
-    if interrupted:
-        raise KeyboardInterrupt
+
+
+@contextmanager
+def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Have SIGTERM, SIGINT, SIGUSR1 and SIGHUP set ``stop`` while the block runs.
+
+    Nothing is raised: an exception at an arbitrary place of this thread could lose sight of trials that are saving.
+    """
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if not stop.is_set():
+            console.say(f"{signal.Signals(number).name}: every trial saves and ends")
+        stop.set()
+
+    before = {number: signal.getsignal(number) for number in HEEDED}
+    for number in HEEDED:
+        if before[number] != signal.SIG_IGN:  # nohup
+            signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in HEEDED:
+            signal.signal(number, before[number])
