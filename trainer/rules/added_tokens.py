@@ -39,7 +39,7 @@ def added_token_rules(config: Config) -> Iterator[Problem]:
         )
     if where and config.method.name == "lora" and config.parallel.name == "zero3":
         yield Problem(
-            what="cannot train the rows of added tokens beside an adapter: their parts are not gathered when a model is "
+            what="cannot train the rows of added tokens beside an adapter: it does not gather them when a model is "
             "called by parts, as for the self-check and for answers",
             where="parallel.name",
             got=f"zero3 with {where}",
