@@ -16,8 +16,11 @@ from typing import NoReturn
 
 from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
+from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
+from trainer.drive.tracked import sync_runs
+from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 from trainer.sweeps.command import do_sweep
@@ -37,9 +40,12 @@ python -m trainer [verb] [RUN ...] [overrides]
 Verbs:
 """
 SHOW = "show"
+AGENT = "agent"
 SWEEP = "sweep"
-SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna; -m a=1,2: a grid"
-SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
+SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
+SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
+SYNC = "sync"
+SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
 OPTIONS = """\
 
 Options:
@@ -47,6 +53,7 @@ Options:
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
   -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4; in parallel: sweep -m ...
+  --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
   -h, --help         this text
@@ -65,6 +72,7 @@ class Words:
     multirun: bool
     node_rank: int | None
     verify: bool
+    html: Path | None
     help: bool
     version: bool
 
@@ -88,13 +96,14 @@ def sort_words(arguments: Sequence[str]) -> Words:
     parser.add_argument("--node-rank", type=int)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--html", type=Path)
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     found = parser.parse_intermixed_args(list(arguments))
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, SWEEP, "help"):
+    if verb not in (*VERBS, SHOW, SWEEP, SYNC, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -108,6 +117,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
         multirun=found.multirun,
         node_rank=found.node_rank,
         verify=found.verify,
+        html=found.html,
         help=found.help or verb == "help",
         version=found.version,
     )
@@ -124,12 +134,13 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SWEEP, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, SYNC, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, {SHOW}, {SWEEP}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, SYNC, 'help'))}; a run folder; or overrides such as "
+        "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -146,30 +157,41 @@ def _not_a_run(word: str) -> UserError:
 
 def act(arguments: Sequence[str], cwd: Path) -> int:
     """Do what the command line says; gives the exit code."""
+    if arguments[:1] == [AGENT]:
+        return do_agent(arguments[1:], cwd)
     words = sort_words(arguments)
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP, SYNC: SYNC_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
         _show(words)
+    elif words.verify or words.html:
+        raise _belongs_to_show(words)
     elif words.verb == SWEEP:
         return _sweep(words, arguments, cwd)
-    elif words.verify:
-        raise UserError(
-            "--verify belongs to show",
-            where="command line",
-            got=f"--verify with {words.verb}",
-            allowed="python -m trainer show --verify RUN",
-            do="leave it out; a resume reads every byte anyway, and the stage `verify` is the word without dashes",
-        )
+    elif words.verb == SYNC:
+        return _sync(words)
     elif words.runs:
         return _existing(words, cwd)
     else:
         return _new(words, arguments, cwd)
     return EXIT_DONE
+
+
+def _belongs_to_show(words: Words) -> UserError:
+    option = "--verify" if words.verify else "--html FILE"
+    verify = "; a resume reads every byte anyway, and the stage `verify` is the word without dashes"
+    return UserError(
+        f"{option} belongs to show",
+        where="command line",
+        got=f"{option} with {words.verb}",
+        allowed=f"python -m trainer show {option} RUN",
+        do="leave it out" + (verify if words.verify else ""),
+    )
 
 
 def _show(words: Words) -> None:
@@ -181,7 +203,7 @@ def _show(words: Words) -> None:
             allowed="one run folder, or several to compare",
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
-    show_runs(words.runs, contents=words.verify)
+    show_runs(words.runs, contents=words.verify, page=words.html)
 
 
 def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
@@ -195,6 +217,18 @@ def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         )
     typed = shlex.join(["python", "-m", "trainer", *arguments])
     return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=typed, multirun=words.multirun)
+
+
+def _sync(words: Words) -> int:
+    if not words.runs or words.overrides or words.multirun or words.show_config:
+        raise UserError(
+            "sync sends what there is of runs",
+            where="command line",
+            got="no run folder" if not words.runs else "settings or options beside the run folders",
+            allowed="run folders, which have been given their trackers",
+            do="python -m trainer sync outputs/NAME/IDENTITY [another ...]",
+        )
+    return sync_runs(words.runs)
 
 
 def _existing(words: Words, cwd: Path) -> int:
@@ -252,13 +286,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    sys.exit(console.run_and_report(_main))
+    sys.exit(end_trial(console.run_and_report(_main)))
 
 
 def _main() -> int:
     try:
+        begin_trial(sys.argv[1:])
         return act(sys.argv[1:], Path.cwd())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        note_stop(str(interrupt))
         raise StoppedInGoodOrder("stopped; nothing was being computed, and the same command continues") from None
 
 

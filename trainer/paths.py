@@ -171,6 +171,16 @@ class RunFolder:
         return self.logs / "signs"
 
     @property
+    def cost(self) -> Path:
+        """What was spent: a ledger of each rank, and one of the driver."""
+        return self.root / "cost"
+
+    @property
+    def driver_ledger(self) -> Path:
+        """What the stages of one process used."""
+        return self.cost / "driver.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Published checkpoints, ``step-00000012``."""
         return self.root / "checkpoints"
@@ -205,6 +215,25 @@ class RunFolder:
         """One marker per finished stage."""
         return self.root / "stages"
 
+    @property
+    def tracking(self) -> Path:
+        """What trackers were sent, and samples of the machine."""
+        return self.root / "tracking"
+
+    @property
+    def system_jsonl(self) -> Path:
+        """What GPUs, CPUs and memory did, a line per look."""
+        return self.tracking / "system.jsonl"
+
+    @property
+    def tracking_log(self) -> Path:
+        """What the process beside the training said."""
+        return self.logs / "tracking.log"
+
     def rank_log(self, rank: int) -> Path:
         """Everything that ``rank`` printed."""
         return self.logs / f"rank{rank}.log"
+
+    def rank_ledger(self, rank: int) -> Path:
+        """What ``rank`` used."""
+        return self.cost / f"rank{rank:05d}.jsonl"

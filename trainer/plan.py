@@ -13,6 +13,7 @@ import msgspec
 from trainer import __version__
 from trainer.capacity import with_capacity
 from trainer.config import Config, ParallelConfig
+from trainer.config.cost import CostConfig
 from trainer.errors import ConfigError, RunError
 from trainer.fingerprint import digest
 from trainer.fitting import (
@@ -27,6 +28,7 @@ from trainer.fitting import (
     too_large,
     zero_of,
 )
+from trainer.host_memory import SavingRoom, saving_room
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
@@ -48,7 +50,7 @@ class RunPlan:
 
     ``parallel`` and ``checkpointing`` are what the ranks go by: those of the config, or what ``parallel=auto`` took
     after all of ``considered``. ``machine``: what was there. ``capacity_reason``: why ``packing.capacity=auto`` is its
-    number.
+    number. ``waits_for_saves``: why the training waits for its saves though ``checkpoint.asynchronous`` is on.
     """
 
     format: int
@@ -73,6 +75,7 @@ class RunPlan:
     considered: list[Considered] = field(default_factory=list[Considered])
     machine: Devices | None = None
     capacity_reason: str = ""
+    waits_for_saves: str = ""
 
 
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
@@ -144,8 +147,24 @@ def fitted(plan: RunPlan, shape: ModelShape | None, dtype: str | None = None) ->
     taken, seen = choose(case, options)
     if taken is None:
         raise ConfigError.of([too_large(case, seen, options)])
-    return replace(
+    plan = replace(
         plan, strategy=taken.strategy, parallel=taken.parallel, checkpointing=taken.checkpointing, considered=seen
+    )
+    memory = memory_of(case, taken)
+    if memory is None or not plan.config.checkpoint.asynchronous:
+        return plan
+    return replace(plan, waits_for_saves=room_for_saves(plan, memory).why_not)
+
+
+def room_for_saves(plan: RunPlan, memory: MemoryEstimate) -> SavingRoom:
+    """Return what saves behind the training need in main memory, with ``memory`` for a rank."""
+    return saving_room(
+        memory,
+        plan.strategy,
+        device=plan.device,
+        processes=plan.processes,
+        owners=(plan.parallel.shard_ranks if plan.strategy == "fsdp" else None) or plan.world_size,
+        main_memory=None if plan.machine is None else plan.machine.main_memory,
     )
 
 
@@ -243,7 +262,11 @@ def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any
     of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
     return {
         "format": FORMAT,
-        "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},
+        "model": {
+            "content": of_model,
+            **{name: model[name] for name in ("dtype", "trust_remote_code")},
+            **added_tokens(config),
+        },
         "data": {"content": of_data, **{name: value for name, value in data.items() if name not in dropped}},
         "task": {"name": config.task.name, "labels": config.task.labels},
         "method": {name: method[name] for name in of_method},
@@ -270,6 +293,12 @@ def _selection(config: Config) -> dict[str, Any]:
     return parts
 
 
+def added_tokens(config: Config) -> dict[str, Any]:
+    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
+    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
+    return {name: tokens for name, tokens in both.items() if tokens}
+
+
 def identity_of(config: Config, of_model: str, of_data: str) -> str:
     """Return the first ten hex digits of the digest of ``identity_parts``."""
     return digest(identity_parts(config, of_model, of_data))[:10]
@@ -277,7 +306,7 @@ def identity_of(config: Config, of_model: str, of_data: str) -> str:
 
 def flat_identity(plan: RunPlan) -> dict[str, Any]:
     """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
-    return _flat(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
+    return flatten(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
 
 
 def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
@@ -291,11 +320,12 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
     ]
 
 
-def _flat(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
     flat: dict[str, Any] = {}
     for name, value in parts.items():
         if isinstance(value, dict) and name != "columns":
-            flat |= _flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
+            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -328,6 +358,7 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         config.packing,
         config.method.name if config.packing.cost == "time" else "",
         config.run.seed,
+        *added_tokens(config).items(),
     ]
     trained = [plan.identity]
     parts: dict[str, list[object]] = {
@@ -337,9 +368,14 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         "evaluate": [*trained, *prepare, config.eval],
         "export": [*trained, config.export],
         "verify": [*trained, config.export, "verify"],
-        "card": [*trained, *prepare, config.eval, config.export, config.run.name],
+        "card": [*trained, *prepare, config.eval, config.export, config.run.name, *_not_default(config.cost)],
     }
     return digest(parts[stage])
+
+
+def _not_default(cost: CostConfig) -> list[object]:
+    """Factors that are given; none for the runs of before there were any, whose cards stay as they are."""
+    return [] if cost == CostConfig() else [cost]
 
 
 # ---- plan.json

@@ -3,6 +3,7 @@
 The training writes them (``train/metrics.py``); everybody else reads them here, also while more are being written.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,39 @@ def read_records(path: Path) -> list[Record]:
         RunError: another line is not a step.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return _decoded([line for line in lines if line.endswith(b"\n")], path)
+
+
+class GrowingRecords:
+    """The lines of a file as they come. One that was replaced, by a resume that cut it, is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._at = 0, 0
+
+    def new(self) -> list[Record]:
+        """The whole lines since the last call.
+
+        Raises:
+            RunError: one of them is not a record.
+        """
+        try:
+            with self.path.open("rb") as handle:
+                status = os.fstat(handle.fileno())
+                if status.st_ino != self._inode or status.st_size < self._at:
+                    self._inode, self._at = status.st_ino, 0
+                handle.seek(self._at)
+                raw = handle.read()
+        except FileNotFoundError:
+            return []
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return _decoded(whole.splitlines(), self.path)
+
+
+def _decoded(lines: Sequence[bytes], path: Path) -> list[Record]:
     try:
-        return [msgspec.json.decode(line, type=dict[str, object]) for line in lines if line.endswith(b"\n")]
+        return [msgspec.json.decode(line, type=dict[str, object]) for line in lines]
     except msgspec.DecodeError as fault:
         raise RunError(
             "the record of this run has a line that is not a step",

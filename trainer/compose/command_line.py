@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from trainer.compose.library import SECTIONS, Library, unknown_choice
+from trainer.compose.library import SECTIONS, SEVERAL, Choice, Library, unknown_choice
 from trainer.config import Config
 from trainer.errors import Problem, nearest
 from trainer.schema import OTHER_NAMES, field_hints, hint_at, shape
@@ -23,7 +23,7 @@ class Request:
     """The command line, taken apart. ``experiments`` and ``choices`` are known names; ``values`` are known keys."""
 
     experiments: list[str] = field(default_factory=list[str])
-    choices: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    choices: dict[str, Choice | None] = field(default_factory=dict[str, Choice | None])
     values: list[Override] = field(default_factory=list[Override])
 
 
@@ -105,18 +105,20 @@ def _read_choice(override: Override, library: Library, request: Request, found: 
     """Record ``group=choice`` or ``~group`` when the choice exists."""
     group = override.key_or_group
     value = cast(Any, override.value())
-    names = value if isinstance(value, list) and group == "experiment" else [value]
+    several = isinstance(value, list) and group in ("experiment", *SEVERAL)
+    names = cast("list[Any]", value) if several else [value]
     if override.is_delete() or value is None:
         request.experiments = [] if group == "experiment" else request.experiments
         request.choices |= {} if group == "experiment" else {group: None}
         return
-    for name in cast("list[Any]", names):
-        if not isinstance(name, str) or name not in library.groups[group]:
-            found.append(unknown_choice(f"command line: {group}", group, name, library))
-        elif group == "experiment":
-            request.experiments = list(dict.fromkeys([*request.experiments, name]))
-        else:
-            request.choices[group] = name
+    known = [name for name in names if isinstance(name, str) and name in library.groups[group]]
+    found += [unknown_choice(f"command line: {group}", group, name, library) for name in names if name not in known]
+    if group == "experiment":
+        request.experiments = list(dict.fromkeys([*request.experiments, *known]))
+    elif several:
+        request.choices[group] = known
+    elif known:
+        request.choices[group] = known[0]
 
 
 def _with_group_hint(problem: Problem, key: str, library: Library) -> Problem:

@@ -19,6 +19,10 @@ from trainer.errors import ConfigError, Problem, nearest
 from trainer.paths import conf_directories
 
 SECTIONS = tuple(entry.name for entry in fields(Config))
+SEVERAL = ("tracking",)
+"""Groups of which several files may be taken at once, as Hydra writes it: ``tracking=[wandb,tensorboard]``."""
+Choice = str | list[str]
+"""The file of a group, or the files of one of ``SEVERAL``."""
 PACKAGE_LINE = re.compile(r"^#\s*@package\s+(\S+)\s*$", re.MULTILINE)
 
 
@@ -71,12 +75,12 @@ class Layer:
 
 
 def find_layers(
-    experiments: Sequence[str], choices: Mapping[str, str | None], library: Library, cwd: Path, found: list[Problem]
+    experiments: Sequence[str], choices: Mapping[str, Choice | None], library: Library, cwd: Path, found: list[Problem]
 ) -> list[Layer]:
     """Return every file that takes part, lowest first: config.yaml, groups, experiments with what they build on."""
     seen: dict[Path, Layer] = {}
     primary = _read_layer(library.primary, "", cwd, seen, found)
-    taken: dict[str, str] = {}
+    taken: dict[str, Choice] = {}
     above: list[Layer] = []
     for entry in primary.defaults:
         taken |= checked_choice(entry, primary, library, found)
@@ -88,8 +92,9 @@ def find_layers(
     taken |= {group: name for group, name in choices.items() if name is not None}
     chosen = [
         _read_layer(library.groups[group][name], group, cwd, seen, found)
-        for group, name in taken.items()
-        if choices.get(group, name) is not None
+        for group, choice in taken.items()
+        if choices.get(group, choice) is not None
+        for name in names_of(choice)
     ]
     return [primary, *chosen, *above]
 
@@ -116,20 +121,28 @@ def _experiment_layers(
     return [*below, layer]
 
 
-def group_choice(entry: object) -> dict[str, str]:
+def names_of(choice: Choice) -> list[str]:
+    """The files that a choice names."""
+    return [choice] if isinstance(choice, str) else choice
+
+
+def group_choice(entry: object) -> dict[str, Choice]:
     """Return ``{group: choice}`` of one entry of a defaults list, or nothing for ``_self_`` and plain names."""
     if not isinstance(entry, dict):
         return {}
-    return {
-        str(key).removeprefix("override ").removeprefix("optional ").strip().removeprefix("/"): str(choice)
-        for key, choice in cast("dict[Any, Any]", entry).items()
-        if choice is not None
-    }
+    found: dict[str, Choice] = {}
+    for key, choice in cast("dict[Any, Any]", entry).items():
+        group = str(key).removeprefix("override ").removeprefix("optional ").strip().removeprefix("/")
+        if isinstance(choice, list) and group in SEVERAL:
+            found[group] = [str(name) for name in cast("list[Any]", choice)]
+        elif choice is not None:
+            found[group] = str(choice)
+    return found
 
 
-def checked_choice(entry: object, layer: Layer, library: Library, found: list[Problem]) -> dict[str, str]:
+def checked_choice(entry: object, layer: Layer, library: Library, found: list[Problem]) -> dict[str, Choice]:
     """Return what ``group_choice`` does, without groups and choices that do not exist: those go to ``found``."""
-    checked: dict[str, str] = {}
+    checked: dict[str, Choice] = {}
     for group, choice in group_choice(entry).items():
         where = f"{layer.name}: defaults"
         if group not in library.groups:
@@ -137,8 +150,8 @@ def checked_choice(entry: object, layer: Layer, library: Library, found: list[Pr
             found.append(
                 Problem(what="unknown group", where=where, got=group, allowed=", ".join(library.groups), do=do)
             )
-        elif choice not in library.groups[group]:
-            found.append(unknown_choice(where, group, choice, library))
+        elif unknown := [name for name in names_of(choice) if name not in library.groups[group]]:
+            found += [unknown_choice(where, group, name, library) for name in unknown]
         else:
             checked[group] = choice
     return checked

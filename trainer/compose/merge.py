@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.compose.command_line import Request
-from trainer.compose.library import Layer, Library, group_choice
+from trainer.compose.library import Choice, Layer, Library, group_choice
 from trainer.config import Config
 from trainer.errors import Problem
 from trainer.schema import Locate, hint_at, shape
@@ -75,11 +75,11 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 def _with_hydra(request: Request, library: Library, primary: Layer) -> dict[str, Any]:
     """Let Hydra compose the groups; values are applied afterwards."""
-    known: dict[str, str] = {}
+    known: dict[str, Choice] = {}
     for entry in primary.defaults:
         known |= group_choice(entry)
     overrides = [
-        f"~{group}" if name is None else f"{'' if group in known else '+'}{group}={_quoted(name)}"
+        f"~{group}" if name is None else f"{'' if group in known else '+'}{group}={_written(name)}"
         for group, name in request.choices.items()
         if name is not None or group in known
     ]
@@ -101,6 +101,11 @@ class _FurtherFolders(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in self.folders:
             search_path.append("trimtab", f"file://{folder}")
+
+
+def _written(choice: Choice) -> str:
+    """A choice as Hydra's grammar has it."""
+    return _quoted(choice) if isinstance(choice, str) else f"[{','.join(map(_quoted, choice))}]"
 
 
 def _quoted(text: str) -> str:

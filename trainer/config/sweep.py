@@ -5,6 +5,7 @@ from typing import Literal
 
 from trainer.config.bounds import Count, Natural, Seed
 
+EngineName = Literal["optuna", "wandb"]
 PrunerName = Literal["auto", "hyperband", "median", "none"]
 
 
@@ -12,6 +13,10 @@ PrunerName = Literal["auto", "hyperband", "median", "none"]
 class SweepConfig:
     """How many trials, how many at a time, where, and what is done about failures."""
 
+    engine: EngineName = "optuna"
+    """Who chooses the settings. ``optuna``: this command, which runs the trials too. ``wandb``: a server of W&B; the
+    sweep is registered there, and agents run its trials (docs/tuning_wandb.md). Of the other words, ``trials`` counts
+    there, and ``workers`` with ``launch=slurm``: tasks of the array at a time."""
     trials: Count | None = None
     """Finished trials in all, over all workers and machines; null: ``run_cap`` of the file, or the whole grid. The same
     command with a higher number goes on from there."""

@@ -19,6 +19,8 @@ from trainer.drive.overview import show_end, show_imagined, show_plan, show_star
 from trainer.drive.prepared import read_prepared, read_schedule, settled
 from trainer.drive.stages import DriverJob, Programs, launch_spec, mark_done, pending, run_stages
 from trainer.drive.submit import devices_of_job, submit_run
+from trainer.drive.tracked import require_trackers, tracked
+from trainer.drive.trial import note_folder, placed
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
 from trainer.imagined import imagined
 from trainer.markers import BY_RANKS, STAGES, read_marker
@@ -73,6 +75,7 @@ def do_new(
     Raises:
         TrimtabError: everything that stops a run before or after its processes.
     """
+    config = placed(config)
     elsewhere = imagined(config, _devices(config)) if verb == "plan" else None
     if elsewhere is not None:
         show_imagined(make_plan(config, devices=elsewhere, cwd=cwd))
@@ -116,6 +119,8 @@ def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int
     """Do what falls to this machine: everything, node 0's part, another node's, or saying what to type on each."""
     together = any(stage in BY_RANKS for stage in VERBS[verb].stages)
     place = find_place(config, typed, together=together)
+    if not place.node:
+        require_trackers(config.tracking)
     if place.submits:
         plan = make_plan(place.config, devices=devices_of_job(place.config), cwd=typed.cwd)
         return submit_run(plan, verb, cwd=typed.cwd, check=lambda folder: _left_to_do(verb, plan, folder))
@@ -136,6 +141,7 @@ def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int
 def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
     folder = RunFolder(Path(plan.run_dir))
     make_folder(folder)
+    note_folder(folder)
     with hold(folder.lock, verb) as lock:
         todo = _left_to_do(verb, plan, folder)
         if todo:
@@ -144,9 +150,15 @@ def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
             show_start(plan, folder, todo)
         minutes, grace = plan.config.run.time_limit, plan.config.launch.grace
         limit = None if minutes is None else minutes * 60
-        with stopping_in_time(limit, grace=grace), chaired(plan, folder, todo) as chair:
+        tracks = any(stage != "prepare" for stage in VERBS[verb].stages)
+        with (
+            stopping_in_time(limit, grace=grace),
+            tracked(plan, folder, todo if tracks else None) as beside,
+            chaired(plan, folder, todo) as chair,
+        ):
             job = DriverJob(plan=plan, folder=folder, lock=lock, command=command, programs=programs, chair=chair)
             code = run_stages(job, VERBS[verb].stages)
+            beside.ends_with(code)
             if code != EXIT_DONE:
                 return code
             if chair is not None:

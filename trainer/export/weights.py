@@ -11,14 +11,17 @@ what ``tensors.py`` expects to find.
 
 import errno
 import shutil
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.utils import other as unwrapping
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -127,7 +130,7 @@ def export_merged(
     model.generation_config = generation_config(inference, bos_token_id(load_plain_tokenizer(tokenizer)))
 
     def fill(stage: Path) -> None:
-        with without_progress_bars():
+        with without_progress_bars(), without_importing_deepspeed():
             model.save_pretrained(str(stage), max_shard_size=f"{round(max_shard_gb * 1000)}MB")
         write_serving_files(stage, tokenizer=tokenizer, inference=inference)
         compare_with_base(stage, base_directory, model)
@@ -224,6 +227,24 @@ def require_change(folder: Path, base_directory: Path) -> None:
         allowed="at least one that training changed by more than the rounding of the stored dtype",
         do="train longer or with a higher optim.lr, or set model.dtype=float32: a small update can vanish in 16 bits",
     )
+
+
+@contextmanager
+def without_importing_deepspeed() -> Iterator[None]:
+    """Save a model without a look for DeepSpeed's engine around it, unless somebody here has imported DeepSpeed.
+
+    transformers has accelerate unwrap a model before it is saved, and accelerate imports DeepSpeed for the type of its
+    engine wherever it is installed: two seconds and a warning. What nobody has imported wraps nothing.
+    """
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    look = unwrapping.is_deepspeed_available
+    unwrapping.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        unwrapping.is_deepspeed_available = look
 
 
 def require_free_space(folder: Path, needed: int, *, free: Callable[[Path], int] | None = None) -> None:

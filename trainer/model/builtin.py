@@ -74,7 +74,7 @@ def smollm2(cache: Path) -> Path:
     if final.is_dir():
         return final
     say(f"converting {gguf.name} once, about 15 seconds (kept in {final})")
-    return _publish(final, lambda folder: _convert_smollm2(gguf, folder))
+    return publish(final, lambda folder: _convert_smollm2(gguf, folder))
 
 
 def find_gguf(package: str) -> Path:
@@ -113,10 +113,10 @@ def tiny(cache: Path, texts: Sequence[str], seed: int = 0) -> Path:
     final = cache / "models" / f"{TINY}-{key[:12]}"
     if final.is_dir():
         return final
-    return _publish(final, lambda folder: _make_tiny(folder, texts, seed))
+    return publish(final, lambda folder: _make_tiny(folder, texts, seed))
 
 
-def _publish(final: Path, make: Callable[[Path], None]) -> Path:
+def publish(final: Path, make: Callable[[Path], None]) -> Path:
     """Let ``make`` fill a folder beside ``final`` and rename it: a reader sees all of it or nothing.
 
     Raises:
@@ -137,7 +137,7 @@ def _publish(final: Path, make: Callable[[Path], None]) -> Path:
         if final.is_dir():  # it was faster between the look and the rename
             return final
         raise ModelError(
-            "the built-in model cannot be written",
+            "the model cannot be written",
             where=str(final.parent),
             got=error,
             do="set run.cache to another folder",

@@ -6,12 +6,14 @@ layers or set a rank. Every rule looks at the config alone; what is on disk is l
 
 from trainer.config import Config
 from trainer.errors import Problem
+from trainer.rules.added_tokens import added_token_rules
 from trainer.rules.data import legal_rules, source_rules, split_rules
 from trainer.rules.evaluation import generation_rules, task_rules, validation_rules
 from trainer.rules.launch import launch_rules
 from trainer.rules.launch_slurm import slurm_rules
 from trainer.rules.matrix import matrix_rules
 from trainer.rules.run_folder import name_rules, secret_rules
+from trainer.rules.tracking import tracking_rules
 from trainer.rules.training import method_rules, model_rules, optim_rules, packing_rules, parallel_rules
 
 __all__ = ["check"]
@@ -19,6 +21,7 @@ __all__ = ["check"]
 RULES = (
     name_rules,
     model_rules,
+    added_token_rules,
     source_rules,
     split_rules,
     legal_rules,
@@ -32,6 +35,7 @@ RULES = (
     slurm_rules,
     generation_rules,
     validation_rules,
+    tracking_rules,
     secret_rules,
 )
 """In the order in which their problems are listed."""

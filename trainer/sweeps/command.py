@@ -32,6 +32,7 @@ from trainer.sweeps.space import (
     sweep_files,
     trial_base,
 )
+from trainer.sweeps.with_wandb import start_with_wandb
 from trainer.sweeps.words import read_words
 from trainer_launch.devices import share_of_gpus
 
@@ -47,8 +48,10 @@ def do_sweep(words: Sequence[str], *, config_dir: Path | None, cwd: Path, typed:
     Raises:
         TrimtabError: everything that is wrong before the first trial, and the order to stop (75).
     """
-    require_extra()
     asked = read_words(words)
+    if asked.config.engine == "wandb":
+        return start_with_wandb(asked, config_dir=config_dir, cwd=cwd, multirun=multirun)
+    require_extra()
     space, overrides = _space(asked.name, asked.overrides, config_dir, cwd, multirun=multirun)
     config = require_usable(space, overrides, config_dir=config_dir, cwd=cwd)
     base = trial_base(space, overrides)
