@@ -80,18 +80,20 @@ def run_trial(
             running.process.send_signal(signal.SIGTERM)
             told = True
     code = running.process.wait()
-    _report(study, number, folder, metric)
+    if not pruned:
+        _report(study, number, folder, metric)
     return judge(code, folder, metric, log, pruned=pruned, stopped=stop.is_set(), further=_progress(folder) > before)
 
 
 def _report(study: Study, number: int, folder: RunFolder, metric: str) -> bool:
-    """Tell the study of new validations; says whether the trial should end now."""
+    """Tell the study of new validations, one by one; says whether the trial should end now."""
     known = len(study.reported(number))
-    figures = validations(folder, metric)
-    for iteration, value in enumerate(figures[known:], start=known + 1):
+    for iteration, value in enumerate(validations(folder, metric)[known:], start=known + 1):
         study.report(number, iteration, value)
         console.note(f"trial {number}: {metric} {value:.6g} at validation {iteration}")
-    return len(figures) > known and study.should_prune(number)
+        if study.should_prune(number):  # at every one, so that nothing depends on how often this is looked at
+            return True
+    return False
 
 
 def _progress(folder: RunFolder) -> tuple[int, int]:
