@@ -65,6 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, End
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_eight_trials_with_one_killed_one_pruned_and_one_stop(searched: tuple[Path, Ended, Ended]) -> None:
     home, first, second = searched
     folder = SweepFolder(home / "sweep")
@@ -81,6 +82,7 @@ def test_eight_trials_with_one_killed_one_pruned_and_one_stop(searched: tuple[Pa
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_preparation_and_baseline_were_done_once(searched: tuple[Path, Ended, Ended]) -> None:
     folder = SweepFolder(searched[0] / "sweep")
     logs = [log.read_text() for log in sorted((folder.root / "logs").iterdir())]
@@ -91,6 +93,7 @@ def test_preparation_and_baseline_were_done_once(searched: tuple[Path, Ended, En
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_the_killed_trial_went_on_from_its_checkpoint(searched: tuple[Path, Ended, Ended]) -> None:
     folder = SweepFolder(searched[0] / "sweep")
     log = folder.log(0).read_text()
@@ -100,6 +103,7 @@ def test_the_killed_trial_went_on_from_its_checkpoint(searched: tuple[Path, Ende
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_the_results_can_be_read_and_the_best_composes(searched: tuple[Path, Ended, Ended]) -> None:
     home, _, second = searched
     folder = SweepFolder(home / "sweep")
@@ -127,6 +131,7 @@ def test_the_results_can_be_read_and_the_best_composes(searched: tuple[Path, End
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_joining_with_other_settings_is_refused(searched: tuple[Path, Ended, Ended]) -> None:
     home = searched[0]
     ended = trainer(home, *words(home, "sweep.trials=8", "optim.clip_norm=0.5"))

@@ -291,6 +291,7 @@ def test_a_hopeless_trial_is_told_to_stop(tmp_path: Path, runs_are: Callable[[st
     sweep = sweep_in(tmp_path / "s", 2, pruner="hyperband")
     sweep.study.ask()
     sweep.study.report(0, 1, 1.0)
+    assert not sweep.study.should_prune(0)
     sweep.study.finish(0, "complete", 1.0)
 
     work(sweep, {})
