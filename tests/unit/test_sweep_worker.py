@@ -283,7 +283,11 @@ marker = {"stage": "train", "inputs": "", "seconds": 0.0, "finished": "", "summa
 def runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """``python -m trainer`` of trials is a small program: a module of the current folder comes first."""
     monkeypatch.chdir(tmp_path)
-    return lambda body: (tmp_path / "trainer.py").write_text(STAND_IN.replace("{body}", body)) and None
+
+    def write(body: str) -> None:
+        (tmp_path / "trainer.py").write_text(STAND_IN.replace("{body}", body))
+
+    return write
 
 
 def test_a_hopeless_trial_is_told_to_stop(tmp_path: Path, runs_are: Callable[[str], None]) -> None:
