@@ -9,7 +9,7 @@ SETUP_FILES := pyproject.toml constraints.txt constraints-cpu.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types contracts assets proofs faults bench clean
+.PHONY: help demo test check lint format types contracts assets campaigns proofs faults bench clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ test: $(VENV)/.dev ## Run the tests (under 15 minutes on two cores)
 	$(BIN)/python -m pytest
 
 check: lint types contracts test ## What CI runs, without touching the system
-	@echo "left out: the slow matrices (make proofs), everything that needs a GPU (pytest -m gpu)"
+	@echo "left out: whole sweeps and other campaigns (make campaigns; CI runs them), the slow matrices (make proofs), everything that needs a GPU (pytest -m gpu)"
 
 lint: $(VENV)/.dev ## Format check and lint
 	$(BIN)/ruff format --check .
@@ -39,8 +39,11 @@ contracts: $(VENV)/.dev ## Check who imports whom
 
 assets: $(VENV)/.built-in ## Install the built-in model and data alone
 
+campaigns: $(VENV)/.dev ## Run whole sweeps with real clients, servers and agents (minutes; CI runs them)
+	$(BIN)/python -m pytest -m campaign
+
 proofs: $(VENV)/.dev ## Run the slow matrices: seeds, strategies, faults
-	$(BIN)/python -m pytest -m slow --timeout 7200
+	$(BIN)/python -m pytest -m "slow or campaign" --timeout 7200
 
 faults: $(VENV)/.dev ## Inject the fault matrix and print it (needs strace; half an hour)
 	$(BIN)/python tests/faults/matrix.py

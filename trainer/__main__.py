@@ -16,11 +16,16 @@ from typing import NoReturn
 
 from trainer import __version__, console
 from trainer.compose import compose, config_text, expand_multirun, help_text
+from trainer.drive.agent import AGENT_HELP, do_agent
 from trainer.drive.run import VERBS, do_existing, do_new
 from trainer.drive.show import show_runs
 from trainer.drive.tracked import sync_runs
+from trainer.drive.trial import begin_trial, end_trial, note_stop
 from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
+from trainer.sweeps.command import do_sweep
+from trainer.sweeps.multirun import do_each
+from trainer.sweeps.words import words_help
 
 USAGE = """\
 python -m trainer [verb] [RUN ...] [overrides]
@@ -30,11 +35,15 @@ python -m trainer [verb] [RUN ...] [overrides]
   python -m trainer data=files data.train=my.jsonl      the same with your own data
   python -m trainer evaluate outputs/my/0123456789      one stage of a run that exists
   python -m trainer show outputs/my/0123456789          how it stands; with several runs: how they differ
+  python -m trainer sweep +experiment=smoke sweep=smoke search settings: many runs, a table, the best one
 
 Verbs:
 """
 SHOW = "show"
-SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints; several runs: side by side"
+AGENT = "agent"
+SWEEP = "sweep"
+SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
+SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
 SYNC = "sync"
 SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
 OPTIONS = """\
@@ -43,7 +52,8 @@ Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
-  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4
+  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4; in parallel: sweep -m ...
+  --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
   -h, --help         this text
@@ -62,6 +72,7 @@ class Words:
     multirun: bool
     node_rank: int | None
     verify: bool
+    html: Path | None
     help: bool
     version: bool
 
@@ -85,13 +96,14 @@ def sort_words(arguments: Sequence[str]) -> Words:
     parser.add_argument("--node-rank", type=int)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--html", type=Path)
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     found = parser.parse_intermixed_args(list(arguments))
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, SYNC, "help"):
+    if verb not in (*VERBS, SHOW, SWEEP, SYNC, "help"):
         raise _unknown_verb(verb)
     for word in bare:
         if not _is_run(word):
@@ -105,6 +117,7 @@ def sort_words(arguments: Sequence[str]) -> Words:
         multirun=found.multirun,
         node_rank=found.node_rank,
         verify=found.verify,
+        html=found.html,
         help=found.help or verb == "help",
         version=found.version,
     )
@@ -121,12 +134,13 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SYNC, "help"))
+    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, SYNC, "help"))
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join(VERBS)}, {SHOW}, {SYNC}, help; a run folder; or overrides such as +experiment=legal_lora",
+        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, SYNC, 'help'))}; a run folder; or overrides such as "
+        "+experiment=legal_lora",
         do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
     )
 
@@ -143,23 +157,22 @@ def _not_a_run(word: str) -> UserError:
 
 def act(arguments: Sequence[str], cwd: Path) -> int:
     """Do what the command line says; gives the exit code."""
+    if arguments[:1] == [AGENT]:
+        return do_agent(arguments[1:], cwd)
     words = sort_words(arguments)
     if words.version:
         console.say(__version__)
     elif words.help:
-        helps = {name: verb.help for name, verb in VERBS.items()} | {SHOW: SHOW_HELP, SYNC: SYNC_HELP}
+        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP, SYNC: SYNC_HELP}
+        helps = {name: verb.help for name, verb in VERBS.items()} | others
         verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
-        console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd))
+        console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
         _show(words)
-    elif words.verify:
-        raise UserError(
-            "--verify belongs to show",
-            where="command line",
-            got=f"--verify with {words.verb}",
-            allowed="python -m trainer show --verify RUN",
-            do="leave it out; a resume reads every byte anyway, and the stage `verify` is the word without dashes",
-        )
+    elif words.verify or words.html:
+        raise _belongs_to_show(words)
+    elif words.verb == SWEEP:
+        return _sweep(words, arguments, cwd)
     elif words.verb == SYNC:
         return _sync(words)
     elif words.runs:
@@ -167,6 +180,18 @@ def act(arguments: Sequence[str], cwd: Path) -> int:
     else:
         return _new(words, arguments, cwd)
     return EXIT_DONE
+
+
+def _belongs_to_show(words: Words) -> UserError:
+    option = "--verify" if words.verify else "--html FILE"
+    verify = "; a resume reads every byte anyway, and the stage `verify` is the word without dashes"
+    return UserError(
+        f"{option} belongs to show",
+        where="command line",
+        got=f"{option} with {words.verb}",
+        allowed=f"python -m trainer show {option} RUN",
+        do="leave it out" + (verify if words.verify else ""),
+    )
 
 
 def _show(words: Words) -> None:
@@ -178,7 +203,20 @@ def _show(words: Words) -> None:
             allowed="one run folder, or several to compare",
             do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
         )
-    show_runs(words.runs, contents=words.verify)
+    show_runs(words.runs, contents=words.verify, page=words.html)
+
+
+def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
+    if words.runs or words.show_config or words.node_rank is not None:
+        raise UserError(
+            "a sweep makes runs of its own",
+            where="command line",
+            got=str(words.runs[0]) if words.runs else "--cfg or --node-rank",
+            allowed="settings, and words of the sweep (sweep=NAME sweep.trials=N)",
+            do="leave it out",
+        )
+    typed = shlex.join(["python", "-m", "trainer", *arguments])
+    return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=typed, multirun=words.multirun)
 
 
 def _sync(words: Words) -> int:
@@ -223,19 +261,20 @@ def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
         each = expand_multirun(words.overrides, config_dir=words.config_dir, cwd=cwd)
     configs = [compose(overrides, config_dir=words.config_dir, cwd=cwd) for overrides in each]
     command = shlex.join(["python", "-m", "trainer", *arguments])
-    for number, (overrides, config) in enumerate(zip(each, configs, strict=True), start=1):
-        if len(each) > 1:
-            console.say(f"[{number} of {len(each)}] {shlex.join(overrides)}")
-        if words.show_config:
-            console.say(config_text(config).rstrip())
-            continue
-        one = [words.verb, *overrides]
+
+    def do(number: int) -> int:
+        one = [words.verb, *each[number]]
         if words.config_dir is not None:
             one += ["--config-dir", str(words.config_dir)]
-        code = do_new(words.verb, config, cwd=cwd, command=command, words=one, node_rank=words.node_rank)
-        if code != EXIT_DONE:
-            return code
-    return EXIT_DONE
+        return do_new(words.verb, configs[number], cwd=cwd, command=command, words=one, node_rank=words.node_rank)
+
+    if words.show_config:
+        for number, config in enumerate(configs):
+            if len(each) > 1:
+                console.say(f"[{number + 1} of {len(each)}] {shlex.join(each[number])}")
+            console.say(config_text(config).rstrip())
+        return EXIT_DONE
+    return do(0) if len(each) == 1 else do_each(each, configs, do, cwd=cwd)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -247,13 +286,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    sys.exit(console.run_and_report(_main))
+    sys.exit(end_trial(console.run_and_report(_main)))
 
 
 def _main() -> int:
     try:
+        begin_trial(sys.argv[1:])
         return act(sys.argv[1:], Path.cwd())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        note_stop(str(interrupt))
         raise StoppedInGoodOrder("stopped; nothing was being computed, and the same command continues") from None
 
 

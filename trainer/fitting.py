@@ -178,6 +178,7 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
             candidate, world_size=case.world_size, accumulation=case.accumulation, sliced=reads_slices(config)
         ),
         zero=zero_of(candidate, world_size=case.world_size, accumulation=case.accumulation),
+        sliced=reads_slices(config),
         gather_for_generation=candidate.parallel.gather_for_generation,
         adapter=_adapter(config, shape, layers) if method.name == "lora" else None,
         frozen_layers=method.freeze_layers,
@@ -190,6 +191,7 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
         compiled=compiled,
         repeats_keys=shape.kv_heads != shape.heads and not has_grouped_attention(),
         quantized=method.quantize is not None,
+        added_tokens=bool(model.add_tokens or model.add_special_tokens),
     )
 
 
@@ -203,7 +205,7 @@ def _adapter(config: Config, shape: ModelShape, layers: range) -> Adapter:
 
 
 def reads_slices(config: Config) -> bool:
-    """Whether ranks of fsdp can read their own rows of the base, as far as the config tells."""
+    """Whether ranks of fsdp and zero3 need never have the whole base, as far as the config tells."""
     dora = config.method.name == "lora" and config.method.dora
     return not (config.method.adapter is not None or dora or config.model.trust_remote_code)
 

@@ -4,15 +4,16 @@ Also the identity of a run: ten hex digits of everything its training depends on
 therefore finds its run again, on another machine too, and a run is never continued with other data or settings.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
 from trainer import __version__
 from trainer.capacity import with_capacity
 from trainer.config import Config, ParallelConfig
+from trainer.config.cost import CostConfig
 from trainer.errors import ConfigError, RunError
 from trainer.fingerprint import digest
 from trainer.fitting import (
@@ -27,16 +28,19 @@ from trainer.fitting import (
     too_large,
     zero_of,
 )
+from trainer.host_memory import SavingRoom, saving_room
+from trainer.identity import FORMAT as FORMAT
+from trainer.identity import flatten as flatten
+from trainer.identity import identity_of, identity_parts
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
-from trainer.layout import batch_packs, layer_problems, plan_layout, ranks_here
+from trainer.layout import layer_problems, plan_layout, ranks_here
 from trainer.markers import STAGES
 from trainer.memory import MemoryEstimate, ModelShape, StrategyName
 from trainer.rules import check as check
+from trainer.rules.added_tokens import added_tokens
 from trainer_launch.zero import ZeroSpec
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,7 @@ class RunPlan:
 
     ``parallel`` and ``checkpointing`` are what the ranks go by: those of the config, or what ``parallel=auto`` took
     after all of ``considered``. ``machine``: what was there. ``capacity_reason``: why ``packing.capacity=auto`` is its
-    number.
+    number. ``waits_for_saves``: why the training waits for its saves though ``checkpoint.asynchronous`` is on.
     """
 
     format: int
@@ -73,6 +77,7 @@ class RunPlan:
     considered: list[Considered] = field(default_factory=list[Considered])
     machine: Devices | None = None
     capacity_reason: str = ""
+    waits_for_saves: str = ""
 
 
 def make_plan(config: Config, *, devices: Devices, cwd: Path) -> RunPlan:
@@ -144,8 +149,24 @@ def fitted(plan: RunPlan, shape: ModelShape | None, dtype: str | None = None) ->
     taken, seen = choose(case, options)
     if taken is None:
         raise ConfigError.of([too_large(case, seen, options)])
-    return replace(
+    plan = replace(
         plan, strategy=taken.strategy, parallel=taken.parallel, checkpointing=taken.checkpointing, considered=seen
+    )
+    memory = memory_of(case, taken)
+    if memory is None or not plan.config.checkpoint.asynchronous:
+        return plan
+    return replace(plan, waits_for_saves=room_for_saves(plan, memory).why_not)
+
+
+def room_for_saves(plan: RunPlan, memory: MemoryEstimate) -> SavingRoom:
+    """Return what saves behind the training need in main memory, with ``memory`` for a rank."""
+    return saving_room(
+        memory,
+        plan.strategy,
+        device=plan.device,
+        processes=plan.processes,
+        owners=(plan.parallel.shard_ranks if plan.strategy == "fsdp" else None) or plan.world_size,
+        main_memory=None if plan.machine is None else plan.machine.main_memory,
     )
 
 
@@ -211,73 +232,9 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
 # ---- identity
 
 
-def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any]:
-    """Return everything that the result of training depends on, as plain values.
-
-    Left out on purpose: where and how it runs (parallel, launch, ``model.activation_checkpointing``,
-    ``model.compile``, cache and run folder), what happens afterwards (export, baselines, ``eval.max_loss``,
-    ``data.max_test_rows``, result slices), what only guards it (guard, checkpoint, ``data.max_dropped_share``), and the
-    code. Kept of ``eval`` is what chooses the best checkpoint or ends training early: another ``eval.metric`` or
-    ``eval.patience`` is another result.
-    Fields that have no effect beside others are left out as well, so that they cannot split one run in two.
-    """
-    sections = cast("dict[str, dict[str, Any]]", asdict(config))
-    model, data, method, optim = sections["model"], sections["data"], sections["method"], sections["optim"]
-    dropped = [
-        "train",
-        "validation",
-        "test",
-        "mixture",
-        "revision",
-        "slice_columns",
-        "max_test_rows",
-        "max_dropped_share",
-    ]
-    if config.data.over_long != "split":
-        dropped.append("split_overlap")
-    lora = config.method.name == "lora"
-    silent = [
-        "adapter",
-        *(["quantize"] if config.method.quantize is None else []),
-    ]  # null: the runs of before there was it
-    of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
-    return {
-        "format": FORMAT,
-        "model": {"content": of_model, "dtype": model["dtype"], "trust_remote_code": model["trust_remote_code"]},
-        "data": {"content": of_data, **{name: value for name, value in data.items() if name not in dropped}},
-        "task": {"name": config.task.name, "labels": config.task.labels},
-        "method": {name: method[name] for name in of_method},
-        "optim": {
-            **{name: value for name, value in optim.items() if name not in ("batch_packs", "batch_tokens")},
-            "batch_packs": batch_packs(config),
-        },
-        "packing": sections["packing"],
-        "eval": _selection(config),
-        "run": {"seed": config.run.seed},
-    }
-
-
-def _selection(config: Config) -> dict[str, Any]:
-    """Return what chooses the best checkpoint and the end of training."""
-    evaluation = config.eval
-    parts: dict[str, Any] = {"every": evaluation.every, "metric": evaluation.metric}
-    if evaluation.patience is not None:
-        parts |= {"patience": evaluation.patience}
-    if evaluation.min_improvement:
-        parts |= {"min_improvement": evaluation.min_improvement}
-    if evaluation.metric != "loss":
-        parts |= {"generate_rows": evaluation.generate_rows, "max_new_tokens": config.task.max_new_tokens}
-    return parts
-
-
-def identity_of(config: Config, of_model: str, of_data: str) -> str:
-    """Return the first ten hex digits of the digest of ``identity_parts``."""
-    return digest(identity_parts(config, of_model, of_data))[:10]
-
-
 def flat_identity(plan: RunPlan) -> dict[str, Any]:
     """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
-    return _flat(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
+    return flatten(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
 
 
 def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
@@ -289,16 +246,6 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
         for name in names
         if before.get(name) != after.get(name)
     ]
-
-
-def _flat(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in parts.items():
-        if isinstance(value, dict) and name != "columns":
-            flat |= _flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _short(value: object) -> str:
@@ -328,6 +275,7 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         config.packing,
         config.method.name if config.packing.cost == "time" else "",
         config.run.seed,
+        *added_tokens(config).items(),
     ]
     trained = [plan.identity]
     parts: dict[str, list[object]] = {
@@ -337,9 +285,14 @@ def stage_inputs(plan: RunPlan, stage: str) -> str:
         "evaluate": [*trained, *prepare, config.eval],
         "export": [*trained, config.export],
         "verify": [*trained, config.export, "verify"],
-        "card": [*trained, *prepare, config.eval, config.export, config.run.name],
+        "card": [*trained, *prepare, config.eval, config.export, config.run.name, *_not_default(config.cost)],
     }
     return digest(parts[stage])
+
+
+def _not_default(cost: CostConfig) -> list[object]:
+    """Factors that are given; none for the runs of before there were any, whose cards stay as they are."""
+    return [] if cost == CostConfig() else [cost]
 
 
 # ---- plan.json

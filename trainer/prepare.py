@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import mkdtemp
 
 import msgspec
 import torch
@@ -39,8 +38,9 @@ from trainer.data.tokenized import (
 from trainer.errors import ConfigError, RunError
 from trainer.markers import Marker, write_marker
 from trainer.memory import folder_shape
+from trainer.model.added_tokens import with_added_tokens
 from trainer.model.load import load_tokenizer, matmul_shape, read_config, resolve_base, resolve_dtype
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, fresh_folder, write_atomic
 from trainer.plan import RunPlan, load_plan, stage_inputs
 from trainer.samples import BaseModel, Prepared
 from trainer_kernels import TokenArena
@@ -122,14 +122,18 @@ def _resolve_base(config: Config, rows: Rows, cache: Path) -> BaseModel:
         for text in (row.text, *(message.content for message in row.messages))
         if text
     ]
-    return resolve_base(
-        config.model.path,
-        revision=config.model.revision,
+    model = config.model
+    base = resolve_base(
+        model.path,
+        revision=model.revision,
         cache=cache,
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=model.trust_remote_code,
         tiny_texts=texts,
         seed=config.run.seed,
     )
+    if not (model.add_tokens or model.add_special_tokens):
+        return base
+    return with_added_tokens(base, cache, tokens=model.add_tokens, special=model.add_special_tokens)
 
 
 def _context(directory: Path) -> int | None:
@@ -240,9 +244,8 @@ def _save_tokenizer(
     if context is not None:
         tokenizer.model_max_length = context
     final = _tokenizer_folder(folder)
-    stage = Path(mkdtemp(dir=folder.root, prefix=".tokenizer."))
+    stage = fresh_folder(folder.root, ".tokenizer.")
     try:
-        stage.chmod(0o755)
         tokenizer.save_pretrained(stage)
         shutil.rmtree(final, ignore_errors=True)
         stage.rename(final)

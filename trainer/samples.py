@@ -149,7 +149,10 @@ class SplitInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
-    """The base model as used: ``directory`` is what transformers loads; ``sha256`` covers weights and tokenizer."""
+    """The base model as used: ``directory`` is what transformers loads; ``sha256`` covers weights and tokenizer.
+
+    ``added_tokens``: ids that were added to its vocabulary; then ``published`` is the folder without them, else "".
+    """
 
     name: str
     directory: str
@@ -158,6 +161,8 @@ class BaseModel:
     license: str
     attribution: str
     parameters: int
+    published: str = ""
+    added_tokens: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

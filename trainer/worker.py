@@ -18,8 +18,9 @@ from trainer.markers import BY_RANKS, is_current
 from trainer.model.loss import PackedLoss
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
+from trainer.rank.baseline import measure_baseline
 from trainer.rank.exports import write_exports
-from trainer.rank.job import Job, read_inputs
+from trainer.rank.job import Job, read_inputs, watched
 from trainer.rank.model import (
     check_model,
     cost_of_quantising,
@@ -29,7 +30,8 @@ from trainer.rank.model import (
     trained_loss,
     whole_model,
 )
-from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
+from trainer.rank.sliced import Skeleton, loading, say_peaks, sharded_loss, skeleton
+from trainer.rank.spending import open_book
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
 from trainer.train.checkpoint.resume import load
@@ -61,15 +63,27 @@ def work(folder: RunFolder, stages: Sequence[str]) -> None:
             meet_seconds=plan.config.launch.meet_seconds or MEET_SECONDS,
             traces=folder.logs,
         )
+        book = open_book(folder, ranks)
         try:
             ranks.same_on_all_ranks(digest([plan, prepared]), what="plan.json and prepared.json")
-            job = Job(folder=folder, plan=plan, prepared=prepared, ranks=ranks, stop=stop)
             todo = ranks.gather(
                 [s for s in BY_RANKS if s in stages and not is_current(folder, s, stage_inputs(plan, s))]
             )
             if todo[0]:
-                do_stages(job, todo[0])
+                with watched(folder, plan, ranks) as watchdog:
+                    job = Job(
+                        folder=folder,
+                        plan=plan,
+                        prepared=prepared,
+                        ranks=ranks,
+                        stop=stop,
+                        watchdog=watchdog,
+                        book=book,
+                    )
+                    do_stages(job, todo[0])
+                    watchdog.enter("leaving", 0)
         finally:
+            book.close()
             ranks.close()
 
 
@@ -83,7 +97,7 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
     if "train" in todo:
         with job.stage("train") as summary:
             summary |= do_training(job, strategy, loss)
-    with job.stop.at_once("loading"):
+    with job.loading():
         load(strategy, best_checkpoint(job), weights_only=True)
     if "evaluate" in todo:
         with job.stage("evaluate") as summary:
@@ -91,10 +105,14 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
     check_gate(job)
     if "export" in todo:
         with job.stage("export") as summary:
+            if job.plan.config.export.nothing:
+                job.say("export: nothing, as export.adapter=false export.merged=false say")
+                return
             whole = whole_model(job, strategy, loss)
             if whole is not None:
                 summary |= cost_of_quantising(job, loss, whole)
                 summary |= write_exports(job, whole)
+        say_peaks(job)
 
 
 def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | None:
@@ -102,28 +120,26 @@ def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | N
 
     None where nothing but the baseline is to be done.
     """
-    with job.stop.at_once("loading"), loading(job):
+    with job.loading(), loading(job):
         model = load_base(job)
         logits_via = check_model(job, model)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", packed_loss(job, model, logits_via))
+            summary |= measure_baseline(job, packed_loss(job, model, logits_via))
     if set(todo) <= {"baseline"}:
         return None
-    with job.stop.at_once("loading"):
+    with job.loading():
         loss = trained_loss(job, model, logits_via)
         return loss, planned_strategy(job, loss)
 
 
 def load_in_slices(job: Job, todo: Sequence[str], base: Skeleton) -> tuple[PackedLoss, Strategy] | None:
     """The same where no rank ever has the whole base: a new adapter changes nothing, so it is measured with it."""
-    with job.stop.at_once("loading"), loading(job):
+    with job.loading(), loading(job):
         loss, strategy = sharded_loss(job, base)
     if "baseline" in todo:
         with job.stage("baseline") as summary:
-            if "zero_shot" in job.plan.config.eval.baselines:
-                summary |= evaluate_on_test(job, "zero_shot", loss, strategy)
+            summary |= measure_baseline(job, loss, strategy)
     return None if set(todo) <= {"baseline"} else (loss, strategy)
 
 

@@ -51,7 +51,7 @@ class BatchSpec:
     ``comment`` tells jobs of one name apart. ``log``: a file; ``folder``: where ``words``, the program of the batch
     step, is started after the shell lines ``prolog``. ``time``, ``mem`` and the others are as sbatch takes them;
     ``grace``: seconds before the time limit at which the processes of the step get SIGUSR1. ``options``: further
-    options of sbatch.
+    options of sbatch. ``array``: the numbers of the tasks (``1-16%4``); each has a log of its own, LOG-JOB_TASK.log.
     """
 
     name: str
@@ -71,6 +71,7 @@ class BatchSpec:
     mem: str | None = None
     options: tuple[str, ...] = ()
     prolog: tuple[str, ...] = ()
+    array: str | None = None
 
 
 def batch_script(spec: BatchSpec, template: str) -> str:
@@ -100,6 +101,7 @@ def sbatch_options(spec: BatchSpec) -> list[str]:
     given: list[tuple[str, str | int | None]] = [
         ("job-name", spec.name),
         ("comment", spec.comment),
+        ("array", spec.array),
         ("account", spec.account),
         ("partition", spec.partition),
         ("qos", spec.qos),
@@ -111,7 +113,7 @@ def sbatch_options(spec: BatchSpec) -> list[str]:
         ("mem", spec.mem),
         ("time", spec.time),
         ("signal", f"USR1@{spec.grace}"),  # a partition may have a limit, too
-        ("output", spec.log.replace("%", "%%")),
+        ("output", spec.log.replace("%", "%%") + ("" if spec.array is None else "-%A_%a.log")),
         ("open-mode", "append"),
     ]
     options = [f"--{name}={_quoted(str(value))}" for name, value in given if value is not None]
@@ -128,7 +130,13 @@ def _quoted(value: str) -> str:
 def step_words(
     agent: Sequence[str], *, nodes: int, cpus: int | None = None, options: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """What runs ``agent`` once on every machine of the job, with its ``--node-rank``.
+    """What runs ``agent`` once on every machine of the job, with its ``--node-rank``."""
+    with_number = ("bash", "-c", 'exec "$@" --node-rank "$SLURM_NODEID"', "agent", *agent)
+    return (*srun_words(nodes=nodes, cpus=cpus, options=options), *with_number)
+
+
+def srun_words(*, nodes: int, cpus: int | None = None, options: Sequence[str] = ()) -> tuple[str, ...]:
+    """What stands before a command that runs once on every machine of the job.
 
     No task is ended because another one ended badly or earlier: the agents see to that, after a checkpoint.
     """
@@ -143,11 +151,6 @@ def step_words(
         "--wait=0",
         "--input=none",
         *options,
-        "bash",
-        "-c",
-        'exec "$@" --node-rank "$SLURM_NODEID"',
-        "agent",
-        *agent,
     )
 
 
@@ -180,10 +183,11 @@ def option_name(option: str) -> str:
     return match.group(1) if match else ""
 
 
-def follow_lines(job: int, log: str) -> list[tuple[str, str]]:
-    """How to look at a job and how to end it: what the line is for, and the line."""
+def follow_lines(job: int, log: str, *, array: bool = False) -> list[tuple[str, str]]:
+    """How to look at a job and how to end it: what the line is for, and the line. ``log``: as in ``BatchSpec``."""
+    logs = f"{shlex.quote(log)}-{job}_*.log" if array else shlex.quote(log)
     return [
         ("state", f"squeue -j {job}"),
-        ("output", f"tail -F {shlex.quote(log)}"),
+        ("output", f"tail -F {logs}"),
         ("end it", f"scancel {job}"),
     ]

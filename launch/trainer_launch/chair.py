@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 
 from trainer_launch.meeting import LOST_GRACE_SECONDS, Hello, Line, MeetingError, first_cause, name_of, token_digest
 from trainer_launch.node import GRACE_SECONDS, FailureThere, PeerNews, StopThere
-from trainer_launch.verdict import STOPPED, NodeResult
+from trainer_launch.verdict import AGAIN, STOPPED, NodeResult
 from trainer_launch.wire import SILENCE_SECONDS, Message, Wire, WireError
 
 HANG_UP_SECONDS = 5.0
@@ -166,7 +166,7 @@ class Chair:
         if not concluded:
             cause = f"its agent was killed, or the machine is lost ({why})"
             self._fail(node, f"{name_of(node, self._seats[node].host)}: {cause}", LOST_GRACE_SECONDS)
-            self._conclude(node, NodeResult(exit_code=1, cause=cause))
+            self._conclude(node, NodeResult(exit_code=AGAIN, cause=cause))
 
     def _fail(self, node: int, cause: str, grace: float) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 SMI_SECONDS = 20
@@ -46,3 +47,17 @@ def present_gpus() -> int:
 def count_listed(text: str) -> int:
     """GPUs in the output of ``nvidia-smi -L``; the MIG slices below a GPU are indented and not counted."""
     return sum(line.startswith("GPU ") for line in text.splitlines())
+
+
+def share_of_gpus(places: Iterable[int]) -> dict[str, str]:
+    """The variables that show a process only some of the GPUs that this one sees: those at ``places``, from 0."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: TID251
+    return {"CUDA_VISIBLE_DEVICES": share(visible, places)}
+
+
+def share(visible: str | None, places: Iterable[int]) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for ``places`` among the ``visible`` ones; None: all, by their numbers."""
+    if visible is None:
+        return ",".join(str(place) for place in places)
+    words = [word.strip() for word in visible.split(",")]
+    return ",".join(words[place] for place in places)

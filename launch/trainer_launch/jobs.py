@@ -11,9 +11,9 @@ from datetime import datetime
 from enum import Enum
 
 DONE = 0
-AGAIN = (75, 74, 128 + 1, 128 + 10, 128 + 15)
-"""Stopped in good order, something outside failed, or SIGHUP, SIGUSR1 or SIGTERM came before anybody listened (x86 and
-Arm numbers): the same command goes on."""
+AGAIN = (75, 74, 128 + 1, 128 + 9, 128 + 10, 128 + 15)
+"""Stopped in good order, something outside failed, SIGHUP, SIGUSR1 or SIGTERM came before anybody listened (x86 and Arm
+numbers), or a process was killed (by a person, or by the kernel for its memory): the same command goes on."""
 NEEDS_PERSON = 76
 OVER = frozenset(
     {

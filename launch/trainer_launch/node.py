@@ -20,7 +20,7 @@ publishing a checkpoint. What happens here instead:
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Protocol
@@ -169,7 +169,7 @@ class _Supervisor:
                 self._handle(self._next_event())
                 self._enforce()
             self._drain()
-            return self._result()
+            return replace(self._result(), signal=self._stop.name if self._stop is not None else "")
         finally:
             if self._peers is not None:
                 self._peers.listen(None)

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 from trainer_launch.meeting import LOST_GRACE_SECONDS, Hello, Line, MeetingError, name_of
 from trainer_launch.node import FailureThere, PeerNews, PublisherEnded, StopThere
-from trainer_launch.verdict import NodeResult
+from trainer_launch.verdict import AGAIN, NodeResult
 from trainer_launch.wire import Message, Wire, WireError
 
 RETRY_SECONDS = 0.5
@@ -56,7 +56,7 @@ class Seat:
     def _lose(self, why: str) -> None:
         cause = f"{name_of(0, self._chair)}: its agent was killed, or the machine is lost ({why})"
         self._line.tell(FailureThere(cause, LOST_GRACE_SECONDS))
-        self._orders.put({"finish": 1, "cause": cause})
+        self._orders.put({"finish": AGAIN, "cause": cause})
 
     def next_order(self) -> Message:
         """Wait for what the chair wants: ``start`` or ``finish``."""

@@ -33,13 +33,18 @@ class Unknown(SlurmError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The job that this process is in. ``restarts``: how often it was requeued before this start."""
+    """The job that this process is in. ``restarts``: how often it was requeued before this start.
+
+    ``name``: what the controller is asked for: the number, or ``ARRAY_TASK`` for a task of an array. One task of an
+    array has the number of the whole array, and with that all of its tasks would be requeued, held or signalled.
+    """
 
     job: int
     restarts: int
     nodes: int
     node_list: str
     cpus: int | None
+    name: str
 
 
 def allocation() -> Allocation | None:
@@ -49,12 +54,14 @@ def allocation() -> Allocation | None:
     if not number.isdecimal():
         return None
     cpus = told("SLURM_CPUS_PER_TASK", "")
+    array, task = told("SLURM_ARRAY_JOB_ID", ""), told("SLURM_ARRAY_TASK_ID", "")
     return Allocation(
         job=int(number),
         restarts=int(told("SLURM_RESTART_COUNT", "0")),
         nodes=int(told("SLURM_JOB_NUM_NODES", told("SLURM_NNODES", "1"))),
         node_list=told("SLURM_JOB_NODELIST", ""),
         cpus=int(cpus) if cpus.isdecimal() else None,
+        name=f"{array}_{task}" if array.isdecimal() and task.isdecimal() else number,
     )
 
 
@@ -77,8 +84,8 @@ def submit(script: Path) -> int:
     return int(number)
 
 
-def show(job: int) -> Job:
-    """The job as the controller has it, or else as accounting has it.
+def show(job: int | str) -> Job:
+    """The job (a number, or ``ARRAY_TASK``) as the controller has it, or else as accounting has it.
 
     Raises:
         Unknown: neither knows it (any more).
@@ -139,7 +146,7 @@ def hosts(node_list: str) -> list[str]:
     return _call("scontrol", "show", "hostnames", node_list).split()
 
 
-def requeue(job: int) -> None:
+def requeue(job: int | str) -> None:
     """Requeue a job: it is ended and starts again. The process that asks ends with it.
 
     Raises:
@@ -148,7 +155,7 @@ def requeue(job: int) -> None:
     _call("scontrol", "requeue", str(job))
 
 
-def hold(job: int) -> None:
+def hold(job: int | str) -> None:
     """Requeue a job so that it waits until a person releases it.
 
     Raises:
@@ -157,7 +164,7 @@ def hold(job: int) -> None:
     _call("scontrol", "requeuehold", str(job))
 
 
-def signal_steps(job: int, name: str) -> None:
+def signal_steps(job: int | str, name: str) -> None:
     """Send a signal to all processes of the job's steps, and not to its batch shell.
 
     Raises:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STOPPED = 75
+AGAIN = 74
+"""Something outside the ranks failed: what is saved is intact, and the same commands go on."""
 LOST_PEER = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote (process|error)|lost connection|failed to recv"
     r"|recvvalue failed|waitforinput|timed out|ncclremoteerror|distbackenderror|disterror",
@@ -17,10 +19,11 @@ LOST_PEER = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResult:
-    """``exit_code``: 0, 75, 76, that of the first rank that failed, or 128 + the signal that ended it.
+    """``exit_code``: 0, 74, 75, 76, that of the first rank that failed, or 128 + the signal that ended it.
 
     ``cause``: one line, empty when all is done. ``log``: the log of that rank, when one is to blame. ``shown``: its
-    output was passed on already. ``lost_peer``: all that went wrong here is that somebody else was gone.
+    output was passed on already. ``lost_peer``: all that went wrong here is that somebody else was gone. ``signal``:
+    the signal that asked for a stop, "" when none came.
     """
 
     exit_code: int
@@ -28,6 +31,7 @@ class NodeResult:
     log: str = ""
     shown: bool = False
     lost_peer: bool = False
+    signal: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,7 +125,7 @@ def test_a_run_moves_from_one_strategy_to_another(tmp_path: Path, data: Path, lo
 def test_slices_of_a_base_are_what_a_whole_load_gives(tmp_path: Path) -> None:
     for name in ("plain", "tied"):
         sliced_fixtures.write_base(tmp_path / name, tied=name == "tied")
-    ended = run_calls(partial(sliced_fixtures.slices_are_what_a_whole_load_gives, tmp_path), tmp_path)
+    ended = run_calls(partial(sliced_fixtures.slices_are_what_a_whole_load_gives, tmp_path, "fsdp"), tmp_path)
     assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
 
 

@@ -2,8 +2,9 @@
 
     python tests/faults/matrix.py [--quick] [--rows 1,4,5] [--cycles 50] [--table docs/reliability.md]
 
-Rows that a test proves run that test: its cases are the points. Rows that need a Slurm cluster are listed as such.
-A row that loses a point makes the exit code 1. ``make faults`` runs all of it; ``--quick`` is a minute.
+Rows that a test proves run that test: its cases are the points. Rows that need a Slurm cluster bring one up on this
+machine (``tests/unit/slurm_cluster.py``). A row that loses a point makes the exit code 1. ``make faults`` runs all of
+it, in more than an hour; ``--quick`` is a minute.
 """
 
 import argparse
@@ -21,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "launch", "tests/unit", "tests/faults")]
 
 from injection import SaveBench, Tally, damage_each, kill_at_random, same_end, sweep_saves  # noqa: E402
+from slurm_campaign import run_campaign  # noqa: E402
+from slurm_cluster import cluster, why_not  # noqa: E402
 from train_fixtures import Run, make_data, train_run, with_data  # noqa: E402
 
 from trainer.distributed.ranks import Ranks, start_ranks  # noqa: E402
 
-NEEDS_SLURM = "needs Slurm"
+SEED = 7
 CAMPAIGN_STEPS = 300
 QUICK_STEPS = 40
 
@@ -85,9 +88,29 @@ def campaign(place: Place) -> Tally:
     killed = with_data(place.folder / "killed", data)
     run = Run(folder=str(killed), dropout=0.1, max_steps=steps)
     cycles, share = (4, 5) if place.quick else (place.cycles, place.cycles / 2)
-    tally = kill_at_random(run, place.ranks, cycles=cycles, longest=whole / share, seed=7)
+    tally = kill_at_random(run, place.ranks, cycles=cycles, longest=whole / share, seed=SEED)
     tally.add("the end", same_end(run, place.ranks, place.folder / "straight", killed))
     return tally
+
+
+def slurm_campaign(place: Place) -> Tally:
+    """Row 4 under a real Slurm: real training, killed in every way there is."""
+    tally, missing = Tally(), why_not()
+    if missing:
+        tally.add("the cluster", missing)
+        return tally
+    folder = place.folder / "slurm"
+    folder.mkdir()
+    with cluster() as lab, lab.commands():
+        points = run_campaign(lab, folder, kills=place.cycles, seed=SEED, nodes=1, tell=to_stderr)
+    for point in points:
+        tally.add(point.what, point.problem)
+    return tally
+
+
+def to_stderr(text: str) -> None:
+    """How far it is, beside the table."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def damaged(*, all_of_them: bool) -> Callable[[Place], Tally]:
@@ -128,7 +151,8 @@ ROWS = (
             unit/test_checkpoint.py::test_the_last_one_is_never_deleted"""
         ),
     ),
-    Row(number="4", fault="SIGKILL at random moments (one process, no cluster)", do=campaign),
+    Row(number="4a", fault="SIGKILL at random moments, one process", do=campaign),
+    Row(number="4b", fault="kills at random moments, real training under Slurm", do=slurm_campaign),
     Row(number="5", fault="every file of the newest checkpoint damaged", do=damaged(all_of_them=False)),
     Row(number="6", fault="all checkpoints damaged", do=damaged(all_of_them=True)),
     Row(
@@ -155,9 +179,20 @@ ROWS = (
         fault="power cut: order of fsync and rename",
         tests=ids("unit/test_checkpoint.py::test_everything_is_on_disk_before_the_name_appears"),
     ),
-    Row(number="11", fault="time limit, --signal", why=NEEDS_SLURM),
-    Row(number="12", fault="preemption", why=NEEDS_SLURM),
-    Row(number="13", fault="grace shorter than a save", why=f"{NEEDS_SLURM}; a kill in a save is row 1"),
+    Row(
+        number="11",
+        fault="time limit, --signal, a signal to the batch shell alone",
+        tests=ids(
+            """slurm/test_jobs.py::test_a_time_limit_is_no_loss
+            slurm/test_jobs.py::test_a_signal_to_the_batch_shell_alone_reaches_the_processes_of_the_job"""
+        ),
+    ),
+    Row(
+        number="12",
+        fault="preemption: TERM to the steps alone",
+        tests=ids("slurm/test_slurm_matrix.py::test_preempted"),
+    ),
+    Row(number="13", fault="grace shorter than a save", tests=ids("slurm/test_grace.py")),
     Row(
         number="14",
         fault="signals in training, loading, twice, on one rank",
@@ -174,21 +209,34 @@ ROWS = (
     ),
     Row(
         number="16",
-        fault="two generations alive",
+        fault="two generations alive; a partition of the network that heals",
         tests=ids(
             """distributed/test_faults.py::test_an_old_process_that_wakes_up_harms_nothing
+            slurm/test_partition.py
             unit/test_saving.py::test_an_old_generation_cannot_publish
             unit/test_saving.py::test_an_old_generation_cannot_delete
             unit/test_metrics.py::test_a_process_that_was_overtaken_writes_nothing_into_the_new_file"""
         ),
     ),
-    Row(number="17", fault="node down, slurmd or controller killed", why=NEEDS_SLURM),
+    Row(
+        number="17",
+        fault="node down, node or slurmd or controller killed, cancelled, requeued",
+        tests=ids(
+            """slurm/test_slurm_matrix.py::test_a_node_set_down slurm/test_slurm_matrix.py::test_a_node_that_lost_power
+            slurm/test_slurm_matrix.py::test_a_node_daemon_that_was_killed_and_came_back
+            slurm/test_slurm_matrix.py::test_a_node_cut_off_and_back
+            slurm/test_slurm_matrix.py::test_a_controller_that_restarts
+            slurm/test_slurm_matrix.py::test_requeued_by_somebody slurm/test_jobs.py::test_a_cancelled_job_stays_away
+            slurm/test_submission.py"""
+        ),
+    ),
     Row(
         number="18",
-        fault="frozen rank",
+        fault="frozen rank in any stage, a collective that never returns",
         tests=ids(
             """distributed/test_faults.py::test_a_frozen_rank_is_named_and_all_stacks_are_written
-            unit/test_watchdog.py"""
+            distributed/test_faults.py::test_a_collective_that_never_returns_is_a_hang_though_all_ranks_live
+            proofs/test_hangs.py unit/test_watchdog.py"""
         ),
     ),
     Row(number="19", fault="a rank raises, is killed, leaves", tests=ids("unit/test_launch_node.py")),
@@ -208,11 +256,26 @@ ROWS = (
         ),
     ),
     Row(number="22", fault="bad rows", tests=ids("cli/test_bad_data.py")),
-    Row(number="23", fault="tracker or Hub down", why="no row yet: there is no tracker, and training calls nobody"),
+    Row(
+        number="23",
+        fault="Hub down, slow, 401 (training itself calls nobody)",
+        tests=ids(
+            """unit/test_sources.py::test_a_commit_in_the_cache_needs_no_hub
+            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub"""
+        ),
+    ),
     Row(number="24", fault="secrets", tests=ids("cli/test_secrets.py unit/test_redaction.py")),
-    Row(number="25", fault="malicious checkpoint or config", tests=ids("unit/test_malice.py")),
-    Row(number="26", fault="array of a sweep", why=NEEDS_SLURM),
-    Row(number="27", fault="chain of dependencies", why=NEEDS_SLURM),
+    Row(number="25", fault="malicious checkpoint, config, template, link", tests=ids("unit/test_malice.py")),
+    Row(
+        number="26",
+        fault="array of a sweep",
+        tests=ids("slurm/test_slurm_matrix.py::test_a_sweep_as_an_array"),
+    ),
+    Row(
+        number="27",
+        fault="chain of dependencies",
+        tests=ids("slurm/test_slurm_matrix.py::test_a_chain_in_which_one_fails"),
+    ),
     Row(number="28", fault="changed code, config, data", tests=ids("cli/test_run_folder.py unit/test_markers.py")),
 )
 
@@ -220,7 +283,8 @@ ROWS = (
 def run_tests(tests: tuple[str, ...], folder: Path) -> Tally:
     """Run node ids and count their cases; one that is skipped is no point."""
     report = folder / "report.xml"
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider"]
+    words += [f"--junitxml={report}", *tests]
     subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     tally = Tally()
     if not report.exists():

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -138,3 +140,40 @@ class LoopbackHub:
 
 def _oid(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
+
+
+@contextmanager
+def troubled_hub(fault: str) -> Iterator[tuple[str, list[str]]]:
+    """The address of a Hub that "refuses" connections, "says 401" or "never answers", and the requests it got."""
+    requests: list[str] = []
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            if fault == "never answers":
+                over.wait()
+                return
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    if fault == "refuses":
+        server.server_close()
+        yield url, requests
+        return
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield url, requests
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()

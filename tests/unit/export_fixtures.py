@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from look_fixtures import plan_of
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -121,28 +122,6 @@ def merged_export(
         base_directory=base,
         dtype=dtype,
         max_shard_gb=5.0,
-    )
-
-
-def plan_of(folder: RunFolder, config: Config | None = None) -> RunPlan:
-    return RunPlan(
-        format=1,
-        identity="0123456789",
-        name="clauses",
-        run_dir=str(folder.root),
-        cache_dir=str(folder.root / "cache"),
-        config=config or Config(),
-        model_fingerprint="m" * 64,
-        data_fingerprint="d" * 64,
-        nodes=1,
-        processes=1,
-        world_size=1,
-        device="cpu",
-        threads=1,
-        strategy="single",
-        batch_packs=2,
-        accumulation=2,
-        code_version="0.1.0",
     )
 
 

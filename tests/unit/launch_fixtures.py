@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer_launch.children import Child
 from trainer_launch.spec import LaunchSpec
 
-PRELUDE = """
+PRELUDE = '''
 import os, signal, subprocess, sys
 from pathlib import Path
 
@@ -19,7 +19,8 @@ folder = Path(sys.argv[1])
 
 
 def say(text):
-    print(text, flush=True)
+    """One write: in a signal's handler, print may find itself half-way through the same buffer, and fails."""
+    os.write(1, f"{text}\\n".encode())
 
 
 def forever():
@@ -28,16 +29,16 @@ def forever():
 
 
 def meet():
-    '''Rank 1 is here and ready; rank 0 waits for it. A FIFO's two ends wait for each other.'''
+    """Rank 1 is here and ready; rank 0 waits for it. A FIFO's two ends wait for each other."""
     with open(folder / "meet", "r" if rank == 0 else "w") as end:
         end.read() if rank == 0 else end.write("here")
 
 
 def wait_for_the_end_of_the_other():
-    '''Returns when the other rank, which holds the writing end, is gone.'''
+    """Returns when the other rank, which holds the writing end, is gone."""
     with open(folder / "meet", "r") as end:
         end.read()
-"""
+'''
 
 
 @dataclass(frozen=True)

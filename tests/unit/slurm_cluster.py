@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from slurm_networks import CONTROLLER, Networks
 
 CHECKOUT = Path(__file__).parents[2]
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])  # noqa: TID251
@@ -29,7 +30,7 @@ GRACE = 10
 """Seconds that a preempted job has."""
 CONF = """
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -102,6 +103,7 @@ class Cluster:
     folder: Path
     nodes: list[str]
     environment: dict[str, str]
+    networks: Networks | None = None
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     # -- daemons
@@ -122,7 +124,8 @@ class Cluster:
             )
 
     def start_node(self, node: str) -> None:
-        self.start(node, "slurmd", "-D", "-N", node)
+        place = () if self.networks is None else self.networks.inside(node)
+        self.start(node, *place, "slurmd", "-D", "-N", node)
 
     def start_controller(self) -> None:
         self.start("slurmctld", "slurmctld", "-D")
@@ -133,8 +136,13 @@ class Cluster:
         self.daemons[name].wait()
 
     def lose_power(self, node: str) -> None:
-        """End a node's daemon and all processes of its jobs."""
-        of_jobs = [one for step in self._steps(node) for one in (*step.children(recursive=True), step)]
+        """End a node's daemon and all processes of its jobs.
+
+        Those that hold the steps go first: on a busy machine they would still report how the others ended, as a node
+        without power cannot.
+        """
+        steps = self._steps(node)
+        of_jobs = [*steps, *(one for step in steps for one in step.children(recursive=True))]
         self.kill(node)
         for one in of_jobs:
             _kill(one)
@@ -154,8 +162,18 @@ class Cluster:
 
     def processes(self, word: str) -> list[psutil.Process]:
         """The processes of jobs that have ``word`` in their command."""
-        below = [one for step in self._steps() for one in step.children(recursive=True)]
-        return [one for one in below if any(word in part for part in one.cmdline())]
+        found: list[psutil.Process] = []
+        for step in self._steps():
+            try:
+                below = step.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            for one in below:
+                try:
+                    found += [one] if any(word in part for part in one.cmdline()) else []
+                except psutil.Error:
+                    continue  # it has ended meanwhile
+        return found
 
     def stop(self) -> None:
         """Cancel what runs and end all daemons and all that is left of jobs."""
@@ -215,11 +233,14 @@ def _kill(process: psutil.Process) -> None:
 
 
 @contextmanager
-def cluster(nodes: int = 4) -> Iterator[Cluster]:
-    """Bring a cluster up for the block. Its nodes are 127.0.77.1 and so on, with four cores each."""
+def cluster(nodes: int = 4, networks: Networks | None = None) -> Iterator[Cluster]:
+    """Bring a cluster up for the block, with four cores on each node.
+
+    Its nodes are 127.0.77.1 and so on, or have ``networks`` of their own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="tt-slurm."))  # a short path: sockets lie in it
-    names = [f"127.0.77.{number}" for number in range(1, nodes + 1)]
-    port, *node_ports = _free_ports(nodes + 1)
+    names = [f"127.0.77.{number}" for number in range(1, nodes + 1)] if networks is None else networks.addresses
+    port, *node_ports = _free_ports(len(names) + 1)
     lines = [
         f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={name} Port={node_port} CPUs=4 RealMemory=2000"
         for name, node_port in zip(names, node_ports, strict=True)
@@ -228,6 +249,7 @@ def cluster(nodes: int = 4) -> Iterator[Cluster]:
     conf.write_text(
         CONF.format(
             host=socket.gethostname().partition(".")[0],
+            controller="127.0.0.1" if networks is None else CONTROLLER,
             port=port,
             user=getpass.getuser(),
             folder=folder,
@@ -244,7 +266,7 @@ def cluster(nodes: int = 4) -> Iterator[Cluster]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "SLURM_CONF": str(conf),
     }
-    made = Cluster(folder, names, environment)
+    made = Cluster(folder, names, environment, networks)
     try:
         _start(made)
         yield made

@@ -92,7 +92,7 @@ class TestPublish:
             raise RuntimeError("stopped")
 
         with pytest.raises(RuntimeError, match="stopped"):
-            builtin._publish(tmp_path / "models" / "m", failing)
+            builtin.publish(tmp_path / "models" / "m", failing)
         assert list((tmp_path / "models").iterdir()) == []
 
     def test_somebody_else_was_faster(self, tmp_path):
@@ -101,7 +101,7 @@ class TestPublish:
             (tmp_path / "m").mkdir()
             (tmp_path / "m" / "theirs").touch()
 
-        builtin._publish(tmp_path / "m", make)
+        builtin.publish(tmp_path / "m", make)
         assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"]
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -109,8 +109,8 @@ class TestPublish:
         def full(folder):
             raise OSError(28, "No space left on device")
 
-        with pytest.raises(ModelError, match="the built-in model cannot be written") as caught:
-            builtin._publish(tmp_path / "m", full)
+        with pytest.raises(ModelError, match="the model cannot be written") as caught:
+            builtin.publish(tmp_path / "m", full)
         assert "set run.cache to another folder" in str(caught.value)
 
 

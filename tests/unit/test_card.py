@@ -11,6 +11,7 @@ from export_fixtures import base_folder, inference_of, tuned_lora, write_run
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.config import Config, DataConfig, MethodConfig, RunConfig, TaskConfig
+from trainer.cost import Factors, cost_of
 from trainer.errors import RunError
 from trainer.export.card import main, render_card, write_cards
 from trainer.export.comparison import Comparison, Rounding, TensorComparison
@@ -26,12 +27,14 @@ from trainer.export.lineage import (
 )
 from trainer.export.markdown import code, escape, table
 from trainer.export.weights import export_adapter, export_merged, merge
+from trainer.ledger import Account, Spell
 from trainer.markers import is_current
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs
 from trainer.samples import BaseModel, Dropped, EvaluationRecord, SourceInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "card"
+SPELL = Spell(stage="train", began="2026-05-01T12:56:00+00:00", rank=0, seconds=193.4, core_seconds=380.0)
 TENSORS = TensorComparison(compared=272, adapted=105, steps=0.0)
 ROUNDING = Rounding(difference=0.0832, mean=0.0211, answers=8, same_answers=8)
 
@@ -133,6 +136,7 @@ def lineage(**changes: object) -> Lineage:
             best_validation_loss=0.2672,
             best_step=54,
             tokens_per_second=451.3,
+            targets=1800,
         ),
         "evaluations": {"zero_shot": evaluation(0.0, valid_labels=0.0), "tuned": evaluation(0.7672)},
         "stages": {
@@ -156,6 +160,7 @@ def lineage(**changes: object) -> Lineage:
             packages={"torch": "2.13.0", "transformers": "5.23.0"},
         ),
         "config": config,
+        "cost": cost_of(Account([SPELL]), Factors()),
     }
     return Lineage(**(parts | changes))  # type: ignore[arg-type]
 
@@ -208,6 +213,30 @@ def test_weaknesses_follow_the_figures():
     assert "It is not better than the base model at exact match on the test rows." in text
     assert "10.0% of its answers did not stop by themselves" in text
     assert "5.0% of its answers on the test rows are none of the labels." in text
+
+
+def test_what_it_cost_is_in_the_header_as_the_hub_reads_it_and_in_a_section():
+    gpu = dataclasses.replace(SPELL, gpus=1, gpu="NVIDIA H100", gpu_joules=2e6, gpu_meter="counter", seconds=3600.0)
+    factors = Factors(price_per_gpu_hour=2.5, carbon_g_per_kwh=100.0, pue=1.0, cpu_watts_per_core=0.0)
+    text = render_card(lineage(cost=cost_of(Account([gpu, gpu], unreadable=1), factors)), "run")
+    told = header_of(text).get("co2_eq_emissions")
+    assert told["emissions"] == 111.1
+    assert (told["training_type"], told["hardware_used"]) == ("fine-tuning", "1 x NVIDIA H100")
+    assert told["source"].startswith("trimtab: energy measured; 100 g/kWh, pue 1, ")
+    assert "| GPU-hours | 2 |" in text
+    assert "| tokens | 88,139 trained, 1,800 of them carried loss |" in text
+    assert "| energy of the devices | 1.11 kWh, measured |" in text
+    assert "| price | 5.00, at 2.5 a GPU-hour |" in text
+    assert "- 1 line(s) of the ledger were left half written" in text
+
+
+def test_energy_that_is_not_known_is_not_in_the_header():
+    silent = cost_of(Account([dataclasses.replace(SPELL, gpus=1, gpu="NVIDIA H100")]), Factors())
+    text = render_card(lineage(cost=silent), "run")
+    assert header_of(text).get("co2_eq_emissions") is None
+    assert "| energy of the devices | unknown |" in text
+    assert "cost.gpu_watts=W gives a figure" in text
+    assert "## Environmental impact\n\nNot recorded." in render_card(lineage(cost=None), "run")
 
 
 def test_a_hub_base_is_named_with_its_commit():

@@ -60,7 +60,8 @@ def test_a_run_does_every_stage_once_and_shows_the_result(driver: Driven, capsys
     words = [line.split() for line in printed.splitlines()]
     assert driver.journal() == ALL
     assert folder.done.read_text().startswith(folder.root.name)
-    assert ["exact_match", "0.0000", "0.7500"] in words
+    (scored,) = [line for line in words if line[:1] == ["exact_match"]]
+    assert [word for word in scored if word.endswith("00")] == ["0.0000", "0.7500"]
     assert ["loss", "3.5000", "0.5000"] in words
     assert ["train", "1:01", "steps", "4,", "loss", "0.25"] in words
     assert ["together", "7:07"] in words
@@ -92,6 +93,14 @@ def test_what_a_run_was_done_with_is_in_its_folder(driver: Driven) -> None:
     assert described["device"] == "cpu"
     assert described["packages"]["msgspec"] == msgspec.__version__
     assert "torchrun" not in described["packages"]
+
+
+def test_where_nothing_is_exported_nothing_is_verified(driver: Driven, capsys: pytest.CaptureFixture[str]) -> None:
+    assert do(driver, "run", "export=none") == 0
+
+    assert driver.journal() == [line for line in ALL if "verify" not in line]
+    assert "verify: nothing was exported" in capsys.readouterr().out
+    assert run_of(driver).done.exists()
 
 
 def test_the_same_command_again_starts_nothing(driver: Driven, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,14 @@
 import errno
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import other as unwrapping
 from export_fixtures import STOP, answers, base_folder, examples, inference_of, tuned_full, tuned_lora
 from safetensors.torch import load_file, save_file
 
@@ -267,3 +271,18 @@ def test_a_change_below_the_stored_dtype_is_no_change(base: Path, tmp_path: Path
 def test_a_folder_without_weights_cannot_be_compared(tmp_path: Path):
     with pytest.raises(ModelError, match="no weights to compare with\n  got: no safetensors file"):
         shapes_on_disk(tmp_path)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_deepspeed_is_only_looked_for_where_somebody_uses_it(base: Path, tmp_path: Path, monkeypatch, used: bool):
+    """accelerate would import it for the type of its engine, at every export."""
+    asked: list[int] = []
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    if used:
+        monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setattr(unwrapping, "is_deepspeed_available", lambda: bool(asked.append(1)))
+    export_both(tuned_lora(base), base, tmp_path)
+    assert bool(asked) == used
+    asked.clear()
+    extract_model_from_parallel(torch.nn.Linear(1, 1))
+    assert asked, "it is as it was afterwards"

@@ -159,8 +159,9 @@ def stop(number, frame):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, stop)
+if rank == 1: say("ready")  # before the meeting: the word of rank 0, after it, brings the signal to both
 meet()
-say("ready")
+if rank == 0: say("ready")
 forever()
 """
 
@@ -176,7 +177,7 @@ def test_signals_reach_every_rank_once_and_75_comes_back(tmp_path: Path, sent: s
 
     result = supervised(ranks, lines)
 
-    assert result == NodeResult(exit_code=75, cause="stopped in good order")
+    assert result == NodeResult(exit_code=75, cause="stopped in good order", signal=received)
     assert lines.seen == [
         "ready",
         "stopping in good order; Ctrl-C once more ends everything at once",
@@ -191,7 +192,7 @@ def test_a_stop_before_the_ranks_can_listen_is_in_good_order_too(tmp_path: Path)
 
     result = supervised(ranks, Lines("ready", (signal.SIGTERM,)))
 
-    assert result == NodeResult(exit_code=75, cause="stopped by SIGTERM")
+    assert result == NodeResult(exit_code=75, cause="stopped by SIGTERM", signal="SIGTERM")
 
 
 def test_a_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
     result = supervised(ranks, lines)
 
-    assert result == NodeResult(exit_code=130, cause="ended at once at the second Ctrl-C")
+    assert result == NodeResult(exit_code=130, cause="ended at once at the second Ctrl-C", signal="SIGINT")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from plan_fixtures import planned
 from trainer.compose import compose
 from trainer.drive.deadline import seconds_left, stopping_in_time
 from trainer.drive.follow import Tail
-from trainer.drive.job import agent_words, end, lock_is_free
+from trainer.drive.job import agent_words, end, free_port, lock_is_free
 from trainer.drive.lock import hold
 from trainer.drive.progress import Start, progress_of, read_starts, stalls, write_starts
 from trainer.drive.queue import job_comment, job_lines, job_name
@@ -192,7 +193,8 @@ RUNNING = Job(id=1, state="RUNNING", restarts=1)
         (75, RUNNING, 3, Next.HOLD, 76),
         (76, RUNNING, 0, Next.HOLD, 76),
         (2, RUNNING, 0, Next.NOTHING, 2),
-        (137, RUNNING, 0, Next.NOTHING, 137),
+        (137, RUNNING, 0, Next.REQUEUE, 137),  # killed, for its memory perhaps: three times at most
+        (137, RUNNING, 3, Next.HOLD, 76),
         (75, Job(id=1, state="COMPLETING", restarts=1), 0, Next.NOTHING, 75),  # scancel
         (75, Job(id=1, state="CANCELLED", restarts=1), 0, Next.NOTHING, 75),
         (76, Job(id=1, state="COMPLETING", restarts=1), 0, Next.NOTHING, 76),
@@ -204,6 +206,13 @@ RUNNING = Job(id=1, state="RUNNING", restarts=1)
 def test_what_follows_on_a_start(code: int, job: Job | None, stalls: int, follows: Next, ends: int) -> None:
     decision = decide(code, job, restarts=1, stalls=stalls, max_stalls=3)
     assert (decision.next, decision.code) == (follows, ends)
+
+
+def test_a_port_that_somebody_listens_at_is_passed_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert port < free_port("127.0.0.1", port) < port + 100
+        assert free_port("192.0.2.1", port) == port, "another machine is not asked"
 
 
 # -- the commands, with stand-ins ----------------------------------------------------------------------------------
@@ -285,7 +294,7 @@ def test_the_job_of_a_plan(tmp_path: Path) -> None:
 def test_an_agent_is_told_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path / "bin", "scontrol", 'echo "$3" | tr , "\\n"', monkeypatch)
     plan = planned(tmp_path, *SLURM, "launch.container=[apptainer,exec]", "launch.python=/opt/python")
-    here = Allocation(job=12, restarts=1, nodes=2, node_list="n3,n4", cpus=None)
+    here = Allocation(job=12, restarts=1, nodes=2, node_list="n3,n4", cpus=None, name="12")
     words = agent_words(plan, "train", here)
     assert words[:6] == ("apptainer", "exec", "/opt/python", "-m", "trainer", "train")
     assert words[6:] == (plan.run_dir, "launch.address=n3:15085", "launch.device=cpu", "launch.processes=1")

@@ -19,6 +19,7 @@ from trainer.export.lineage import (
     read_training,
     write_lineage,
 )
+from trainer.ledger import Spell, append
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder
 from trainer.plan import load_plan
@@ -53,6 +54,19 @@ def test_what_the_stages_left(tmp_path: Path):
     assert lineage.training.best_validation_loss == 1.5
     assert (lineage.training.best_step, lineage.training.steps, lineage.training.tokens) == (2, 2, 200)
     assert lineage.training.tokens_per_second == 75.0
+
+
+def test_what_it_cost(tmp_path: Path):
+    assert collected(tmp_path / "before").cost is None
+    append(
+        RunFolder(tmp_path).rank_ledger(0), Spell(stage="train", began="x", rank=0, seconds=9.0, core_seconds=3600.0)
+    )
+    lineage = collected(tmp_path)
+    assert lineage.cost is not None
+    assert lineage.cost_totals["core_hours"] == 1.0
+    assert lineage.cost_totals["co2_g"] == lineage.cost.co2_g
+    write_lineage(tmp_path / "lineage.json", lineage)
+    assert read_lineage(tmp_path / "lineage.json") == lineage
 
 
 def test_what_the_verification_found(tmp_path: Path):

@@ -124,7 +124,29 @@ def test_several_runs_one_after_the_other(
     assert "  seed: 2\n" in printed
 
 
-def test_the_first_run_that_does_not_end_well_ends_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+
+    def pretend(verb: str, config: object, **_: object) -> int:
+        done.append(config.run.seed)  # type: ignore[attr-defined]
+        if done == [1]:
+            raise RunError("this run folder is in use")
+        return 1 if done == [1, 2] else 0
+
+    monkeypatch.setattr(command_line, "do_new", pretend)
+
+    assert act(["-m", "+experiment=smoke", "run.seed=1,2,3"], tmp_path) == 2
+    assert done == [1, 2, 3]
+    captured = capsys.readouterr()
+    assert "this run folder is in use" in captured.err
+    rows = [line.split() for line in captured.out.splitlines() if line.strip().startswith("run.seed=")]
+    assert [row[:2] for row in rows] == [["run.seed=1", "2"], ["run.seed=2", "1"], ["run.seed=3", "done"]]
+    assert f"{tmp_path}/outputs/smoke/" in captured.out
+
+
+def test_a_run_that_is_stopped_ends_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, int, str]] = []
 
     def pretend(verb: str, config: object, *, cwd: Path, command: str, words: list[str], node_rank: int | None) -> int:

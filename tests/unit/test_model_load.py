@@ -217,7 +217,8 @@ class FakeHub:
         self.sha = COMMIT
         self._snapshot, self._folder = snapshot, folder
 
-    def model_info(self, name, revision):
+    def model_info(self, name, revision, timeout):
+        assert timeout <= 10, "a Hub that never answers is not waited for"
         self.asked.append((name, revision))
         if self.info is not None:
             raise self.info
@@ -262,11 +263,19 @@ class TestHub:
         ],
     )
     def test_refused(self, hub, kind, words):
-        hub.info = hub_error(kind)
+        hub.info, hub.local = hub_error(kind), LocalEntryNotFoundError("nothing")
         text = refusal("org/model", revision="v9")
         assert words in text
         assert "org/model@v9" in text
-        assert len(hub.asked) == 1
+        assert all(only_local for _, only_local, *_ in hub.asked[1:]), "nothing is downloaded"
+
+    @pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError])
+    def test_refused_and_cached(self, hub, capsys, kind):
+        """A token that has expired is no reason to lose a run whose model is here."""
+        hub.info = hub_error(kind)
+        assert resolve("org/model", revision="v9").revision == COMMIT
+        said = "the Hub refuses it (the name, or the token); base model org/model at 0123456789ab from its cache"
+        assert said in capsys.readouterr().out
 
     def test_not_a_hub_id(self):
         assert "neither a folder nor a Hub id" in refusal("no--such..id")

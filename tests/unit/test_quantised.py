@@ -19,7 +19,7 @@ from trainer.errors import ModelError, RunError, TrainingFault
 from trainer.layout import Devices
 from trainer.memory import TINY
 from trainer.model import quantised
-from trainer.model.adapters import attach_lora, trainable_parameters
+from trainer.model.adapters import attach_lora, count_parameters, trainable_parameters
 from trainer.model.load import load_model
 from trainer.model.loss import PackedLoss
 from trainer.model.quantised import check_quantised, quantisation_config, quantised_layers
@@ -73,7 +73,9 @@ def learn(loss: PackedLoss) -> tuple[float, dict[str, torch.Tensor]]:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"dora": True, "rslora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True, "rslora": True}, {"tokens": [5, 9]}], ids=["lora", "dora", "tokens"]
+)
 def test_it_trains_bit_by_bit_as_its_numbers_in_full(
     folder: Path, dtype: torch.dtype, options: dict[str, object]
 ) -> None:
@@ -108,6 +110,7 @@ def test_only_linear_layers_are_in_4_bits(folder: Path) -> None:
     assert {n for n, kind in kinds.items() if kind == torch.uint8} == {f"{n}.weight" for n in quantised_layers(base)}
     assert {kind for name, kind in kinds.items() if "norm" in name or "embed" in name} == {torch.bfloat16}
     assert kinds["lm_head.weight"] == torch.bfloat16
+    assert count_parameters(base)[1] == count_parameters(load_model(folder, dtype=torch.bfloat16))[1]
 
 
 @needs_bitsandbytes

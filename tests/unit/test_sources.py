@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_fixtures import LoopbackHub
+from data_fixtures import LoopbackHub, troubled_hub
 from huggingface_hub import DatasetInfo
 
 from trainer.data import hub
@@ -344,8 +344,10 @@ COMMITS = {
 ON_THE_HUB = """
 import json, sys
 from pathlib import Path
+from trainer.data import hub
 from trainer.data.sources import find_source
 from trainer.errors import DataError
+hub.HUB_SECONDS = float(sys.argv[3])
 answers = []
 for location, revision in json.loads(sys.argv[1]):
     try:
@@ -365,7 +367,9 @@ def loopback() -> Iterator[LoopbackHub]:
     hub_server.close()
 
 
-def ask_hub(url: str, asked: list[tuple[str, str | None]], tmp_path: Path, *, offline: bool = False) -> list[object]:
+def ask_hub(
+    url: str, asked: list[tuple[str, str | None]], tmp_path: Path, *, offline: bool = False, seconds: float = 10.0
+) -> list[object]:
     """In a process of its own, since the Hub's libraries read their settings when they are imported."""
     environment = {
         **os.environ,  # noqa: TID251
@@ -376,7 +380,7 @@ def ask_hub(url: str, asked: list[tuple[str, str | None]], tmp_path: Path, *, of
         "HF_HOME": str(tmp_path / "home"),
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-c", ON_THE_HUB, json.dumps(asked), str(tmp_path / "cache")]
+    command = [sys.executable, "-c", ON_THE_HUB, json.dumps(asked), str(tmp_path / "cache"), str(seconds)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert "ANSWERS" in done.stdout, done.stderr
     return json.loads(done.stdout.split("ANSWERS")[1])
@@ -419,9 +423,26 @@ def test_without_a_connection_only_a_commit_is_taken(loopback: LoopbackHub, tmp_
         assert "set data.revision to the full commit" in str(message)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("refuses", marks=pytest.mark.slow),
+        "says 401",
+        pytest.param("never answers", marks=pytest.mark.slow),
+    ],
+)
+def test_a_commit_in_the_cache_needs_no_hub(loopback: LoopbackHub, tmp_path: Path, fault: str) -> None:
+    ask_hub(loopback.url, [("hub:org/clauses", "v1")], tmp_path)
+    with troubled_hub(fault) as (url, requests):
+        cached, unknown = ask_hub(url, [("hub:org/clauses", "1" * 40), ("hub:org/clauses", "v1")], tmp_path, seconds=1)
+    assert cached == [[[{"text": "old"}, "hub:org/clauses:1"]], "1" * 40, "", "org/clauses"]
+    assert "hub:org/clauses: " in str(unknown), "a branch cannot be resolved without the Hub"
+    assert len(requests) <= 2, "one question for each"
+
+
 def test_a_hub_dataset_without_a_commit_or_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Unpinned:
-        def dataset_info(self, repository: str, *, revision: str | None) -> DatasetInfo:
+        def dataset_info(self, repository: str, *, revision: str | None, timeout: float) -> DatasetInfo:
             return DatasetInfo(id=repository, private=False, sha=None, tags=[])
 
     monkeypatch.setattr(hub, "HfApi", Unpinned)

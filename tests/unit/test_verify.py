@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from export_fixtures import base_folder, inference_of, merged_export, tuned_full, tuned_lora, write_run
+from export_fixtures import base_folder, inference_of, merged_export, prepared_of, tuned_full, tuned_lora, write_run
 from safetensors.torch import load_file, save_file
 
 from trainer.config import Config, ExportConfig
@@ -101,7 +101,9 @@ def test_the_plain_readers_use_nothing_of_ours(made: Made):
 def test_full_fine_tuning_is_verified_without_an_adapter(made: Made, tmp_path: Path):
     folder = RunFolder(tmp_path)
     merged_export(tuned_full(made.base), folder.merged, made.base)
-    found = verify_run(folder, base_directory=made.base, adapter=False, merged=True, merged_from=None, device=CPU)
+    found = verify_run(
+        folder, base=prepared_of(made.base).base, adapter=False, merged=True, merged_from=None, device=CPU
+    )
     assert [(one.name, one.equal, one.near_ties) for one in found] == [("merged", 3, 0)]
     assert found[0].base_difference is None
     assert found[0].tensors is None
@@ -135,7 +137,12 @@ def test_a_merge_that_no_tensors_prove_is_judged_by_the_trained_answers(made: Ma
 
     def check() -> None:
         verify_run(
-            folder, base_directory=made.base, adapter=False, merged=True, merged_from=folder.merged_from, device=CPU
+            folder,
+            base=prepared_of(made.base).base,
+            adapter=False,
+            merged=True,
+            merged_from=folder.merged_from,
+            device=CPU,
         )
 
     check()
@@ -318,7 +325,12 @@ def test_it_says_whether_it_could_have_seen_a_lost_adapter(made: Made, monkeypat
 def test_a_missing_export_is_refused(made: Made, tmp_path: Path):
     with pytest.raises(RunError, match="there is no such export"):
         verify_run(
-            RunFolder(tmp_path), base_directory=made.base, adapter=True, merged=False, merged_from=None, device=CPU
+            RunFolder(tmp_path),
+            base=prepared_of(made.base).base,
+            adapter=True,
+            merged=False,
+            merged_from=None,
+            device=CPU,
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from trainer.train.watchdog import Sign, Watchdog, clear_signs, is_running, read_sign
+from trainer.train.busy import Busy, Used, used_so_far, waits_for_disk_now
+from trainer.train.watchdog import ALARM, Sign, Watchdog, clear_signs, is_running, read_sign
 
 TIMEOUT = 60.0
 
@@ -28,7 +29,10 @@ class Group:
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.codes = Clock(), list[int]()
-        self.dog = Watchdog(folder, 0, 2, timeout=TIMEOUT, end=self.codes.append, now=self.clock)
+        self.busy = False
+        self.dog = Watchdog(
+            folder, 0, 2, timeout=TIMEOUT, end=self.codes.append, now=self.clock, is_busy=lambda: self.busy
+        )
         self.path = folder / "rank1.json"
         self.other = Sign(pid=1, host="there", started=0.0, phase="train", step=7, count=0, moves=0)
         self.dog.enter("train", 7)
@@ -74,22 +78,86 @@ def test_no_move_in_a_step_is_a_standstill_and_the_one_behind_is_named(group: Gr
 
 
 def test_all_may_be_stuck_alike(group: Group) -> None:
-    group.dog.enter("train", 7)
-    group.other = replace(group.other, moves=2)
+    group.other = replace(group.other, moves=0)
     assert group.pass_time(1, moving=False) == ""
-    assert group.pass_time(TIMEOUT + 1, moving=False).endswith("all ranks are in step 7")
+    assert (
+        group.pass_time(TIMEOUT + 1, moving=False) == "nothing has moved for 60 s: all ranks are in 'train' of step 7"
+    )
 
 
 def test_one_that_moves_is_enough(group: Group) -> None:
     assert group.pass_time(5 * TIMEOUT) == ""
 
 
-@pytest.mark.parametrize("phase", ["validation", "saving", "leaving"])
-def test_phases_that_take_long_are_left_alone(group: Group, phase: str) -> None:
-    """Also when only one rank is in it: the others wait for it in their step."""
+@pytest.mark.parametrize("phase", ["loading", "validation", "saving", "export"])
+def test_a_rank_that_works_outside_of_steps_may_take_as_long_as_it_needs(group: Group, phase: str) -> None:
+    """Also when only one rank does: the others wait for it in their step."""
     group.other = replace(group.other, phase=phase)
     for _ in range(5):
+        group.other = replace(group.other, work=group.other.work + 1)
         assert group.pass_time(TIMEOUT, moving=False) == ""
+    assert group.pass_time(TIMEOUT, moving=False) == (
+        f"nothing has moved for 60 s: rank 0 is in 'train' of step 7; rank 1 is in '{phase}' of step 7"
+    )
+
+
+def test_nobody_who_does_anything_is_a_hang_in_any_phase(group: Group) -> None:
+    group.dog.enter("export", 0)
+    group.other = replace(group.other, phase="export", step=0)
+    assert group.pass_time(1, moving=False) == ""
+    assert group.pass_time(TIMEOUT - 1, moving=False) == ""
+    assert group.pass_time(2, moving=False) == "nothing has moved for 60 s: all ranks are in 'export'"
+
+
+@pytest.mark.parametrize(("phase", "counts"), [("export", True), ("train", False)])
+def test_what_a_process_does_is_a_move_outside_of_training_steps_alone(group: Group, phase: str, counts: bool) -> None:
+    """Ranks that wait for each other in a step may spin."""
+    group.dog.enter(phase, 7)
+    assert group.pass_time(1, moving=False) == ""
+    group.busy, trouble = True, ""
+    for _ in range(10):
+        group.dog.give_sign()
+        trouble = group.pass_time(TIMEOUT / 5, moving=False)
+    assert bool(trouble) is not counts
+
+
+def test_a_process_is_busy_that_computes_or_reads_or_waits_for_a_disk() -> None:
+    used, waits = [Used(0.0, 5.0, 0)], [False]
+    busy = Busy(lambda: used[0], lambda: waits[0])
+    used[0] = Used(10.0, 5.05, 100)
+    assert not busy.since_last()
+    used[0] = Used(20.0, 5.5, 100)
+    assert busy.since_last()
+    used[0] = Used(30.0, 5.5, 200_000)
+    assert busy.since_last()
+    assert not busy.since_last()
+    waits[0] = True
+    assert busy.since_last()
+    assert Busy(lambda: None, lambda: False).since_last(), "where the system does not tell, nobody is accused"
+
+
+def test_the_system_tells_what_this_process_uses(tmp_path: Path) -> None:
+    before = used_so_far()
+    assert before is not None
+    (tmp_path / "file").write_bytes(bytes(10_000_000))
+    after = used_so_far()
+    assert after is not None
+    assert after.passed - before.passed >= 10_000_000
+    assert after.cpu >= before.cpu
+    assert not waits_for_disk_now()
+
+
+def test_an_alarm_of_another_machine_has_the_stacks_written_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    (tmp_path / ALARM).write_text("rank 5 is frozen")
+    dog = Watchdog(tmp_path, 0, 1, timeout=0.5, end=codes.append, is_busy=lambda: True)
+    with dog.watching():
+        until_written = "rank 0, because rank 5 is frozen"
+        while until_written not in capfd.readouterr().err:
+            pass
+    assert codes == [], "the launcher ends it"
 
 
 def test_a_rank_that_never_gave_a_sign_is_missed(tmp_path: Path) -> None:
@@ -127,7 +195,7 @@ def test_a_sign_tells_of_its_process(tmp_path: Path) -> None:
     group.dog.give_sign()
     sign = read_sign(tmp_path / "rank0.json")
     assert sign is not None
-    assert (sign.pid, sign.phase, sign.step, sign.count, sign.moves) == (os.getpid(), "train", 7, 2, 2)
+    assert (sign.pid, sign.phase, sign.step, sign.count, sign.moves) == (os.getpid(), "train", 7, 2, 1)
     assert is_running(sign)
     assert not is_running(replace(sign, started=sign.started - 100))
     assert [path.name for path in tmp_path.iterdir()] == ["rank0.json"]

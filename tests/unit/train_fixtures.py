@@ -62,9 +62,10 @@ VOCABULARY = 67
 CAPACITY = 96
 IDENTITY, BASE = "0123456789", "base"
 STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
-Variant = Literal["plain", "tied", "frozen", "checkpointed", "4-bit"]
+Variant = Literal["plain", "tied", "frozen", "checkpointed", "4-bit", "added", "added-tied"]
 """What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing; the
-base in 4 bits."""
+base in 4 bits; LoRA that trains the rows of ``ADDED`` tokens too, also of tied embeddings."""
+ADDED = [9, 20, 66]
 
 
 def tiny_config(dropout: float = 0.0, *, tied: bool = False) -> LlamaConfig:
@@ -107,7 +108,7 @@ def tiny_loss(
     chunk: int = 16,
 ) -> PackedLoss:
     """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype."""
-    model: nn.Module = tiny_model(dropout, tied=variant == "tied")
+    model: nn.Module = tiny_model(dropout, tied=variant in ("tied", "added-tied"))
     if variant == "frozen":
         freeze(inner_model(model), 1, True)
     if variant == "4-bit":
@@ -115,7 +116,8 @@ def tiny_loss(
     if lora:
         model = model if variant == "4-bit" else cast(nn.Module, model).to(compute_dtype)
         torch.manual_seed(7)
-        model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)  # type: ignore[arg-type]
+        tokens = ADDED if variant.startswith("added") else []
+        model = attach_lora(model, rank=4, alpha=8.0, dropout=dropout, dora=dora, tokens=tokens)  # type: ignore[arg-type]
     if variant == "checkpointed":
         enable_activation_checkpointing(model)
     return PackedLoss(model, chunk=chunk, compute_dtype=compute_dtype)

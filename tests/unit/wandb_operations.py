@@ -75,6 +75,8 @@ class Store:
         self.sweeps: dict[str, Sweep] = {}
         self.agents: dict[str, str] = {}
         self.artifacts: dict[str, Artifact] = {}
+        self.stopping: set[str] = set()
+        """Runs that the sweep ends early: their agents are told so at their next heartbeat."""
         self.unknown: list[str] = []
         self._numbers = itertools.count(1)
 
@@ -250,8 +252,9 @@ def _create_agent(server: Store, values: Values) -> Any:
 
 def _heartbeat(server: Store, values: Values) -> Any:
     sweep = server.sweeps[server.agents[values["id"]]]
-    commands: list[dict[str, Any]] = []
-    if not any(json.loads(values.get("runState") or "{}").values()):
+    running = [name for name, runs in json.loads(values.get("runState") or "{}").items() if runs]
+    commands: list[dict[str, Any]] = [{"type": "stop", "run_id": name} for name in running if name in server.stopping]
+    if not running:
         arguments = suggestion(sweep) if sweep.state == "RUNNING" else None
         commands = [{"type": "exit"}]
         if arguments is not None:

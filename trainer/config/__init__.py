@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from trainer.config.bounds import Count, Natural, NonNegative, Positive, Probability, Seed, Share
+from trainer.config.cost import CostConfig
 from trainer.config.launch import LaunchConfig
 from trainer.config.tracking import TrackingConfig
 
@@ -66,6 +67,10 @@ class ModelConfig:
     """Run Python code that comes with the model. Needs a pinned ``model.revision`` for a Hub id."""
     chat_template: str | None = None
     """``builtin:NAME`` or a Jinja file that replaces the tokenizer's own template."""
+    add_tokens: list[str] = field(default_factory=list[str])
+    """Tokens that the vocabulary does not have; their embeddings are trained, with LoRA too (theirs alone)."""
+    add_special_tokens: list[str] = field(default_factory=list[str])
+    """The same for control tokens, say those of a chat template: left out of answers, refused in the text of rows."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a
     third more time. null: off, and ``parallel=auto`` turns it on where nothing fits without it."""
@@ -346,6 +351,11 @@ class ExportConfig:
     max_shard_gb: Positive = 5.0
     """Largest weight file, in 10^9 bytes."""
 
+    @property
+    def nothing(self) -> bool:
+        """Neither: figures alone are wanted."""
+        return not self.adapter and not self.merged
+
 
 @dataclass(slots=True, kw_only=True)
 class Config:
@@ -365,3 +375,4 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cost: CostConfig = field(default_factory=CostConfig)

@@ -6,6 +6,7 @@ formats are the business of ``datasets``; code that comes with a dataset is neve
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +21,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from trainer.console import say
 from trainer.errors import DataError
 from trainer.samples import Origin, Record
 
+HUB_SECONDS = 10.0
+"""How long the Hub may take to say at which commit a name is; without a limit it may take for ever."""
 _FORM = "hub:ORG/NAME, hub:ORG/NAME/SUBSET, hub:ORG/NAME:SPLIT or hub:ORG/NAME/SUBSET:SPLIT"
 _PART = r"[\w][\w.\-]*"
 _LOCATION = re.compile(rf"hub:(?P<repository>{_PART}/{_PART})(?:/(?P<subset>[^/:]+))?(?::(?P<split>[^/:]+))?")
@@ -40,11 +44,15 @@ class HubName:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """A dataset at one commit (40 hex digits). ``license`` is what its card says, "" when it says nothing."""
+    """A dataset at one commit (40 hex digits). ``license`` is what its card says, "" when it says nothing.
+
+    ``cached``: the Hub did not answer, or refused; only the cache is asked.
+    """
 
     name: HubName
     commit: str
     license: str
+    cached: bool = False
 
 
 def parse(location: str, *, default_split: str) -> HubName:
@@ -62,28 +70,35 @@ def parse(location: str, *, default_split: str) -> HubName:
 def resolve(name: HubName, *, revision: str | None, cache: Path) -> HubDataset:
     """Resolve ``revision`` (branch, tag, commit; None: the default branch) to the commit that it is at this moment.
 
-    Without a connection, a full commit is taken as it is; ``datasets`` then finds it in ``cache`` or fails.
+    Without a connection, a full commit is taken as it is; ``datasets`` then finds it in ``cache`` or fails. So is one
+    that is in ``cache`` already when the Hub lets nobody in (a token that has expired).
 
     Raises:
         DataError: no such dataset or revision, no permission, no connection.
     """
     where = f"hub:{name.repository}"
     try:
-        info = HfApi().dataset_info(name.repository, revision=revision)
-    except GatedRepoError as error:
+        info = HfApi().dataset_info(name.repository, revision=revision, timeout=HUB_SECONDS)
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        if revision is not None and is_cached(name, revision, cache):
+            say(f"the Hub refuses {name.repository} (the name, or the token); commit {revision[:12]} from its cache")
+            return HubDataset(name=name, commit=revision, license="", cached=True)
+        if not isinstance(error, GatedRepoError):
+            raise DataError(
+                "is not on the Hub, or is private",
+                where=where,
+                do="check the spelling; for a private one: hf auth login",
+            ) from error
         page = f"https://huggingface.co/datasets/{name.repository}"
         raise DataError("is gated", where=where, do=f"accept its terms at {page}, then: hf auth login") from error
     except RevisionNotFoundError as error:
         raise DataError(
             "has no such revision", where=where, got=f"data.revision={revision}", do="give a branch, a tag or a commit"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise DataError(
-            "is not on the Hub, or is private", where=where, do="check the spelling; for a private one: hf auth login"
-        ) from error
     except (HTTPError, OSError) as error:
         if revision is not None and _COMMIT.fullmatch(revision):
-            return HubDataset(name=name, commit=revision, license="")
+            say(f"the Hub cannot be reached; {name.repository} at {revision[:12]} from its cache")
+            return HubDataset(name=name, commit=revision, license="", cached=True)
         raise DataError(
             "the Hub cannot be reached",
             where=where,
@@ -93,6 +108,24 @@ def resolve(name: HubName, *, revision: str | None, cache: Path) -> HubDataset:
     if info.sha is None:
         raise DataError("the Hub names no commit for it", where=where, got=f"revision {revision or 'main'}")
     return HubDataset(name=name, commit=info.sha, license=_license(info.card_data))
+
+
+def is_cached(name: HubName, revision: str, cache: Path) -> bool:
+    """Whether rows of the commit ``revision`` are in the cache that ``records`` reads."""
+    folder = cache / "hub" / name.repository.replace("/", "___")
+    return _COMMIT.fullmatch(revision) is not None and any(folder.glob(f"*/*/{revision}"))
+
+
+@contextmanager
+def _from_cache_alone() -> Iterator[None]:
+    """``datasets`` asks nobody: a Hub that is slow would be waited for again and again."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _license(card: object) -> str:
@@ -113,9 +146,10 @@ def records(dataset: HubDataset, *, cache: Path, shown: str) -> Iterator[Record]
 
     name = dataset.name
     try:
-        loaded = load_dataset(
-            name.repository, name.subset, split=name.split, revision=dataset.commit, cache_dir=str(cache / "hub")
-        )
+        with _from_cache_alone() if dataset.cached else nullcontext():
+            loaded = load_dataset(
+                name.repository, name.subset, split=name.split, revision=dataset.commit, cache_dir=str(cache / "hub")
+            )
     except (ValueError, DatasetsError, HTTPError, OSError) as error:
         raise DataError(
             "cannot be loaded",

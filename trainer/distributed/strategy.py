@@ -126,6 +126,7 @@ def make_strategy(
     sharding: Sharding | None = None,
     zero: ZeroSpec | None = None,
     gather_for_generation: bool = True,
+    read: Callable[[str, int, int], torch.Tensor] | None = None,
 ) -> Strategy:
     """The strategy named in the plan, for a group that was started.
 
@@ -138,6 +139,7 @@ def make_strategy(
         sharding: what "fsdp" cuts and when it gathers; the others have no use for it.
         zero: what "zero1", "zero2" and "zero3" divide; the others have no use for it.
         gather_for_generation: "zero3" holds the whole model on every rank in ``gathered()``.
+        read: numbers of parameters that are on the meta device, for "zero3" (``Sharding`` has it for "fsdp").
 
     Raises:
         RunError: the kind does not fit the number of ranks, or cannot train in ``dtype``.
@@ -166,5 +168,5 @@ def make_strategy(
     if zero is None or f"zero{zero.stage}" != kind:
         raise ValueError(f"{kind} needs to know what of it to divide, got {zero}")
     if zero.stage == 3:
-        return DividedWeights(ranks, zero, clip_norm=clip_norm, gather_for_generation=gather_for_generation)
+        return DividedWeights(ranks, zero, clip_norm=clip_norm, gather_for_generation=gather_for_generation, read=read)
     return DividedState(ranks, zero, clip_norm=clip_norm)

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from trainer.distributed.fragments import MOMENTS, Fragment, adam_state
 from trainer.distributed.prepared import Prepared, prepared
 from trainer.distributed.ranks import Ranks, choose_accelerator
+from trainer.distributed.zero_files import Pending, Read, divide, without_numbers
 from trainer.errors import RunError, TrainingFault
 from trainer_launch.zero import ZeroSpec, deepspeed_config
 
@@ -55,7 +56,10 @@ class Zero(Prepared, ABC):
         """
         self._take(module)
         stored = {name: (parameter.numel(), parameter.dtype) for name, parameter in module.named_parameters()}
+        pending = without_numbers(module)
         self._optimizer = make_optimizer(module)
+        if pending:
+            self._read_and_divide(pending)
         self._module = self._engine = start_engine(module, self._optimizer, self._spec, device=self.ranks.device)
         self._check(stored)
 
@@ -112,6 +116,14 @@ class Zero(Prepared, ABC):
             torch.cuda.synchronize(self.ranks.device)  # they are copied to main memory beside the computation
         return [flat.grad for flat in self._partitions() if flat.grad is not None]
 
+    def _read_and_divide(self, pending: Pending) -> None:
+        """Give parameters without numbers their own.
+
+        Raises:
+            RuntimeError: this stage keeps all weights on every rank: a defect of the program.
+        """
+        raise RuntimeError(f"{pending[0][0]} has no numbers, and stage {self._spec.stage} needs them on every rank")
+
     @abstractmethod
     def _partitions(self) -> list[nn.Parameter]:
         """Flat float32 masters that this rank owns, one per group of parameters."""
@@ -162,12 +174,22 @@ class DividedState(Zero):
 class DividedWeights(Zero):
     """Stage 3: every rank owns a part of weights, gradients and optimizer state; a module is whole while it computes.
 
-    ``gather_for_generation``: hold the whole model on every rank in ``gathered()``.
+    ``gather_for_generation``: hold the whole model on every rank in ``gathered()``. ``read``: numbers of parameters
+    that are on the meta device (``zero_files``); None: all have theirs.
     """
 
-    def __init__(self, ranks: Ranks, spec: ZeroSpec, *, clip_norm: float, gather_for_generation: bool) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        spec: ZeroSpec,
+        *,
+        clip_norm: float,
+        gather_for_generation: bool,
+        read: Read | None = None,
+    ) -> None:
         super().__init__(ranks, spec, clip_norm=clip_norm)
         self.in_step = not gather_for_generation
+        self._read = read
 
     def refresh(self) -> None:
         """Give back what is gathered, and copy the masters into what is gathered next."""
@@ -188,15 +210,19 @@ class DividedWeights(Zero):
             yield name, whole
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The whole model with ``gather_for_generation``, else each module while it computes."""
-        if self.in_step:
+    def gathered(self, *, layers: bool | None = None) -> Iterator[nn.Module]:
+        """The whole model with ``gather_for_generation`` (or as ``layers`` says), else a module while it computes."""
+        if self.in_step or layers is False:
             yield self.inner
             return
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation  # type: ignore[import-not-found]
 
         with unwrap_model_for_generation(self._engine):
             yield self.inner
+
+    def _read_and_divide(self, pending: Pending) -> None:
+        import_deepspeed(self.ranks.device)
+        divide(pending, prepared(self._read), deepspeed_config(self._spec), reads=self.ranks.is_first)
 
     def _partitions(self) -> list[nn.Parameter]:
         return self._zero.fp32_partitioned_groups_flat
@@ -251,6 +277,17 @@ def start_engine(module: nn.Module, optimizer: Optimizer, spec: ZeroSpec, *, dev
     Raises:
         RunError: DeepSpeed is not installed here.
     """
+    deepspeed = import_deepspeed(device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(spec))
+    return engine
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, set to compute on ``device`` and to compile nothing.
+
+    Raises:
+        RunError: DeepSpeed is not installed here.
+    """
     choose_accelerator(device)
     try:
         import deepspeed  # type: ignore[import-not-found]
@@ -267,5 +304,4 @@ def start_engine(module: nn.Module, optimizer: Optimizer, spec: ZeroSpec, *, dev
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     # A kernel for all-reduces between CPU processes, which would be compiled at the first start, with g++, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(spec))
-    return engine
+    return deepspeed

@@ -12,14 +12,17 @@ Slurm sends its signals to the processes of the step. One that reaches only this
 """
 
 import argparse
+import errno
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -40,6 +43,8 @@ from trainer_launch.slurm import Allocation, NoAnswer, SlurmError
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TRIES, PAUSE = 40, 15.0
 """So often, so many seconds apart, a controller that does not answer is asked: ten minutes."""
+NEIGHBOURS = 100
+"""So many ports are tried, from the one of this start on."""
 LOCK_SECONDS = 180.0
 """How long a start waits for processes of an earlier one that still hold the run, on a machine that was cut off."""
 
@@ -80,7 +85,7 @@ class Step:
             if not still_runs(self._here):
                 return
             console.note(f"{number.name} came to the batch step alone: asking the processes of the job to stop")
-            slurm.signal_steps(self._here.job, "USR1")
+            slurm.signal_steps(self._here.name, "USR1")
         except SlurmError as fault:
             console.warn(f"the processes of the job could not be told of {number.name}: {fault}")
 
@@ -92,7 +97,8 @@ def agent_words(plan: RunPlan, verb: str, here: Allocation) -> tuple[str, ...]:
         SlurmError: Slurm does not name the machines.
     """
     launch = plan.config.launch
-    port = meeting_port(here.job, here.restarts)
+    host = slurm.hosts(here.node_list)[0]
+    port = free_port(host, meeting_port(here.job, here.restarts))
     return (
         *launch.container,
         launch.python or sys.executable,
@@ -100,10 +106,25 @@ def agent_words(plan: RunPlan, verb: str, here: Allocation) -> tuple[str, ...]:
         "trainer",
         verb,
         plan.run_dir,
-        f"launch.address={slurm.hosts(here.node_list)[0]}:{port}",
+        f"launch.address={host}:{port}",
         f"launch.device={plan.device}",
         f"launch.processes={plan.processes}",
     )
+
+
+def free_port(host: str, port: int) -> int:
+    """``port``, or one soon after it where somebody listens there; as it is where ``host`` is not this machine.
+
+    The batch step runs on the first machine of its job, where node 0 will listen.
+    """
+    for candidate in range(port, port + NEIGHBOURS):
+        try:
+            with socket.create_server((host, candidate)):
+                return candidate
+        except OSError as fault:
+            if fault.errno != errno.EADDRINUSE:
+                return port
+    return port
 
 
 def default_words(folder: RunFolder, verb: str, here: Allocation) -> tuple[str, ...]:
@@ -149,22 +170,39 @@ def run_job(folder: RunFolder, verb: str, command: Sequence[str]) -> int:
     if other is not None:
         console.say(f"this run has an older job, which does the work: {other}. This one ends")
         return EXIT_DONE
-    begun = begin(folder, here)
+    work = partial(_do_step, folder, verb, command, here, step)
+    return one_start(folder, here, work, progress=lambda: progress_of(folder), most=lambda: most_stalls(folder))
+
+
+def one_start(
+    record: RunFolder,
+    here: Allocation,
+    work: Callable[[], int],
+    *,
+    progress: Callable[[], str],
+    most: Callable[[], int],
+) -> int:
+    """Put a start on record in the folder ``record``, do its ``work``, and decide what becomes of the job.
+
+    ``progress``: what there is now, as one line; ``most``: so many starts in a row without any, and the job is held.
+    Both are asked after the work as well. Gives the exit code.
+    """
+    began = read_starts(record)
+    begun = begin(record, here, progress())
     try:
-        code = _do_step(folder, verb, command, here, step)
+        # all of them may have been killed before they could say that they got nowhere
+        code = EXIT_STOPPED if stalls(began, progress()) >= most() else work()
     except SlurmError as fault:
         console.error(f"Slurm does not name the machines of this job: {fault}")
         code = EXIT_STOPPED
-    decision = _decide(folder, here, code)
-    end(folder, replace(begun, ended=decision.code, why=decision.why))
+    count = stalls(read_starts(record), progress())
+    decision = _decide(here, code, count=count, most=most())
+    end(record, replace(begun, ended=decision.code, why=decision.why))
     console.say(f"job {here.job}, start {here.restarts + 1}: {decision.why}")
     return carry_out(decision, here)
 
 
 def _do_step(folder: RunFolder, verb: str, command: Sequence[str], here: Allocation, step: Step) -> int:
-    began = read_starts(folder)[:-1]
-    if stalls(began, progress_of(folder)) >= most_stalls(folder):
-        return EXIT_STOPPED  # all of them were killed before they could say so
     if not lock_is_free(folder, step.signalled):
         return EXIT_STOPPED
     return step.run(command or default_words(folder, verb, here))
@@ -185,10 +223,10 @@ def older_job(own: int) -> Job | None:
     return next((job for job in jobs if job.id < own and not job.is_over and not job.is_held), None)
 
 
-def begin(folder: RunFolder, here: Allocation) -> Start:
+def begin(folder: RunFolder, here: Allocation, progress: str) -> Start:
     """Put this start on record, before anything can end it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    start = Start(job=here.job, restarts=here.restarts, began=now, progress=progress_of(folder))
+    start = Start(job=here.job, restarts=here.restarts, began=now, progress=progress)
     write_starts(folder, [*read_starts(folder), start])
     return start
 
@@ -219,14 +257,13 @@ def lock_is_free(folder: RunFolder, signalled: threading.Event, seconds: float =
 # -- what becomes of the job ---------------------------------------------------------------------------------------
 
 
-def _decide(folder: RunFolder, here: Allocation, code: int) -> Decision:
+def _decide(here: Allocation, code: int, *, count: int, most: int) -> Decision:
     try:
-        job = slurm.persistently(lambda: slurm.show(here.job), tries=TRIES, pause=PAUSE) if code != EXIT_DONE else None
+        job = slurm.persistently(lambda: slurm.show(here.name), tries=TRIES, pause=PAUSE) if code != EXIT_DONE else None
     except SlurmError as fault:
         console.warn(str(fault))
         job = None
-    count = stalls(read_starts(folder), progress_of(folder))
-    return decide(code, job, restarts=here.restarts, stalls=count, max_stalls=most_stalls(folder))
+    return decide(code, job, restarts=here.restarts, stalls=count, max_stalls=most)
 
 
 def carry_out(decision: Decision, here: Allocation) -> int:
@@ -237,7 +274,7 @@ def carry_out(decision: Decision, here: Allocation) -> int:
     for _ in range(TRIES):
         try:
             if still_runs(here):  # asked again after a lost reply
-                call(here.job)
+                call(here.name)
             break
         except NoAnswer as fault:
             console.warn(f"no answer to the request to {decision.next.value} the job: {fault}")
@@ -254,7 +291,7 @@ def still_runs(here: Allocation) -> bool:
     Raises:
         SlurmError: it does not answer.
     """
-    job = slurm.show(here.job)
+    job = slurm.show(here.name)
     return job.state == "RUNNING" and job.restarts == here.restarts
 
 

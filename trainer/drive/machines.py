@@ -19,7 +19,7 @@ from trainer.drive.folder import make_folder
 from trainer.drive.lock import hold
 from trainer.drive.preflight import facts, hello_of, token_left, why_not
 from trainer.drive.stages import pending
-from trainer.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError, UserError
+from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError, UserError
 from trainer.markers import BY_RANKS
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan
@@ -322,6 +322,10 @@ def _end(code: int, cause: str) -> int:
         console.say(f"{cause}; the same commands continue")
     elif code == EXIT_DONE:
         console.say("the run is finished")
+    elif code == EXIT_AGAIN:
+        console.error(cause)
+        console.say("what was saved is intact; the same commands continue")
+        return EXIT_STOPPED
     else:
         console.error(cause)
     return code

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 from trainer import console
 from trainer.console import gigabytes
-from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk, read_scores
+from trainer.drive.look.gather import look_at
+from trainer.drive.look.tables import Table, cost_table, result_table, time_rows
+from trainer.drive.look.terminal import print_table
+from trainer.drive.prepared import PreparedView, ScheduleView, Split, on_disk
 from trainer.fitting import Considered, components
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.memory import MemoryEstimate
 from trainer.paths import RunFolder
-from trainer.plan import RunPlan, estimate_memory, layout_of
+from trainer.plan import RunPlan, estimate_memory, layout_of, room_for_saves
 
 WORTH_A_WORD = 0.01
 """From this share of lost time on, the plan says what can be done about it."""
@@ -42,8 +45,7 @@ def show_plan(
 
 def show_imagined(plan: RunPlan) -> None:
     """What ``plan`` prints for GPUs that are not here: nothing of the data, which is prepared where they are."""
-    memory = memory_text(estimate_memory(plan))
-    rows = [*devices_rows(plan), ("memory of a rank", memory), *capacity_rows(plan)]
+    rows = [*devices_rows(plan), *memory_rows(plan, estimate_memory(plan)), *capacity_rows(plan)]
     console.table(["", ""], [list(row) for row in rows], title="Plan for GPUs that this machine does not have")
     show_layouts(plan)
     console.note("data, packs and steps are planned on the machine itself, by the same command without these fields")
@@ -97,7 +99,7 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
             if schedule.waiting is None
             else [("waiting", waiting_text(schedule.waiting, config.packing.cost, schedule.by_time))]
         ),
-        ("memory of a rank", memory_text(estimate_memory(on_disk(plan, prepared), prepared.dtype))),
+        *memory_rows(plan, estimate_memory(on_disk(plan, prepared), prepared.dtype)),
     ]
 
 
@@ -118,6 +120,24 @@ def waiting_text(share: float, cost: str, by_time: bool) -> str:
     if cost == "time":
         advice = "" if by_time else "; packs of a step are dealt by time: a document takes longer than a pack may"
     return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
+
+
+def memory_rows(plan: RunPlan, memory: MemoryEstimate | None) -> list[tuple[str, str]]:
+    """What a rank needs, and what saves need in main memory beside it."""
+    return [
+        ("memory of a rank", memory_text(memory)),
+        *([] if memory is None else [("saves", saves_text(plan, memory))]),
+    ]
+
+
+def saves_text(plan: RunPlan, memory: MemoryEstimate) -> str:
+    """Whether the training waits for its saves, and what they take in main memory where it does not."""
+    if not plan.config.checkpoint.asynchronous:
+        return "the training waits for them (checkpoint.asynchronous=false)"
+    if plan.waits_for_saves:
+        return f"the training waits for them: {plan.waits_for_saves}"
+    copies = gigabytes(room_for_saves(plan, memory).copies)
+    return f"behind the training, from copies in the main memory: {copies} on a machine"
 
 
 def memory_text(memory: MemoryEstimate | None) -> str:
@@ -153,37 +173,13 @@ def stage_fate(marker: Marker | None, is_pending: bool) -> str:
 
 
 def show_end(folder: RunFolder) -> None:
-    """The closing tables: before and after, time per stage, where everything is."""
-    rows = comparison(folder)
-    if rows:
-        console.table(["on the test split", "before", "after"], rows, title="Result")
-    console.table(["stage", "time", ""], time_rows(folder), title="Time")
+    """The closing tables: before and after, time per stage, what it cost, where everything is."""
+    look = look_at(folder)
+    times = Table(title="Time", columns=["stage", "time", ""], rows=time_rows(look))
+    for table in (result_table(look), times, cost_table(look)):
+        if table is not None:
+            print_table(table)
     console.table(["", ""], [list(row) for row in place_rows(folder)], title="Where everything is")
-
-
-def comparison(folder: RunFolder) -> list[list[str]]:
-    """Every figure of the tuned model beside that of the untuned one."""
-    before, after = read_scores(folder, "zero_shot"), read_scores(folder, "tuned")
-    if after is None:
-        return []
-    there = {} if before is None else {**before.metrics, **_loss(before.loss)}
-    here = {**after.metrics, **_loss(after.loss)}
-    return [[name, _figure(there.get(name)), _figure(value)] for name, value in here.items()]
-
-
-def time_rows(folder: RunFolder) -> list[list[str]]:
-    """Stage, wall time, and the figures of its marker; the sum last."""
-    markers = [marker for marker in (read_marker(folder, stage) for stage in STAGES) if marker is not None]
-    rows = [[marker.stage, console.format_seconds(marker.seconds), summary_text(marker)] for marker in markers]
-    return [*rows, ["together", console.format_seconds(sum(marker.seconds for marker in markers)), ""]]
-
-
-def summary_text(marker: Marker) -> str:
-    """``steps 40, loss 0.31``: what a stage has to say about itself."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in marker.summary.items()
-    )
 
 
 def place_rows(folder: RunFolder) -> list[tuple[str, str]]:
@@ -206,11 +202,3 @@ def _size(name: str, folder: RunFolder) -> str:
     if name != "merged model":
         return ""
     return f" ({gigabytes(sum(file.stat().st_size for file in folder.merged.rglob('*') if file.is_file()))})"
-
-
-def _loss(loss: float | None) -> dict[str, float]:
-    return {} if loss is None else {"loss": loss}
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -82,8 +82,10 @@ class ScoresView:
     """Of ``evaluation/<who>.json``."""
 
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    by_slice: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, dict[str, dict[str, float]]])
     loss: float | None = None
     rows: int = 0
+    seconds: float = 0.0
 
 
 def on_disk(plan: RunPlan, prepared: PreparedView) -> RunPlan:

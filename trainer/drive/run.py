@@ -20,6 +20,7 @@ from trainer.drive.prepared import read_prepared, read_schedule, settled
 from trainer.drive.stages import DriverJob, Programs, launch_spec, mark_done, pending, run_stages
 from trainer.drive.submit import devices_of_job, submit_run
 from trainer.drive.tracked import require_trackers, tracked
+from trainer.drive.trial import note_folder, placed
 from trainer.errors import EXIT_DONE, ConfigError, Problem, RunError
 from trainer.imagined import imagined
 from trainer.markers import BY_RANKS, STAGES, read_marker
@@ -74,6 +75,7 @@ def do_new(
     Raises:
         TrimtabError: everything that stops a run before or after its processes.
     """
+    config = placed(config)
     elsewhere = imagined(config, _devices(config)) if verb == "plan" else None
     if elsewhere is not None:
         show_imagined(make_plan(config, devices=elsewhere, cwd=cwd))
@@ -139,6 +141,7 @@ def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int
 def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
     folder = RunFolder(Path(plan.run_dir))
     make_folder(folder)
+    note_folder(folder)
     with hold(folder.lock, verb) as lock:
         todo = _left_to_do(verb, plan, folder)
         if todo:
@@ -230,6 +233,11 @@ def _assumed_devices(config: Config) -> Devices:
     here = _devices(config)
     wanted = 0 if config.launch.device == "cpu" else max(here.gpus, config.launch.processes or 1)
     return dataclasses.replace(here, gpus=wanted)
+
+
+def devices_here(config: Config) -> Devices:
+    """What there is on this machine for a run of ``config``."""
+    return _devices(config)
 
 
 def _devices(config: Config) -> Devices:

@@ -9,9 +9,8 @@ import msgspec
 
 from trainer.console import gigabytes
 from trainer.errors import RunError
+from trainer.host_memory import STATE_BYTES
 
-STATE_BYTES = 12
-"""Of a trained parameter in a checkpoint: fp32 value and AdamW's two moments."""
 USUAL_WIDTH = 1024
 HEADROOM = 1.05
 """Tokenizers, manifests, logs, predictions."""

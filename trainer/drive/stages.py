@@ -16,8 +16,10 @@ from trainer import console
 from trainer.drive.folder import write_inputs
 from trainer.drive.prepared import is_still_there, on_disk, read_prepared, settled
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters, weight_bytes
+from trainer.drive.spending import spending
+from trainer.drive.trial import note_stop
 from trainer.errors import EXIT_AGAIN, EXIT_DONE, EXIT_STOPPED, EXIT_USER, TrainingFault
-from trainer.markers import BY_RANKS, STAGES, is_current
+from trainer.markers import BY_RANKS, STAGES, Marker, is_current, write_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, estimate_memory, layout_of, stage_inputs
 from trainer_launch.chair import Chair
@@ -92,12 +94,22 @@ def run_stages(job: DriverJob, wanted: Sequence[str]) -> int:
         code = _run_by_ranks(job, by_ranks)
         if code != EXIT_DONE:
             return code
+    if job.plan.config.export.nothing and "verify" in pending(job.plan, job.folder, wanted):
+        _nothing_to_verify(job)
     for stage, module in (("verify", job.programs.verify), ("card", job.programs.card)):
         if stage in pending(job.plan, job.folder, wanted):
             code = _run_alone(job, stage, module)
             if code != EXIT_DONE:
                 return code
     return EXIT_DONE
+
+
+def _nothing_to_verify(job: DriverJob) -> None:
+    """Mark ``verify`` as done where nothing is exported: a process that loads nothing takes seconds to say so."""
+    console.say("verify: nothing was exported")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    inputs = stage_inputs(job.plan, "verify")
+    write_marker(job.folder, Marker(stage="verify", inputs=inputs, seconds=0.0, finished=now))
 
 
 def mark_done(folder: RunFolder, identity: str) -> None:
@@ -129,7 +141,7 @@ def _run_alone(job: DriverJob, stage: str, module: str) -> int:
         log=job.folder.logs / f"{stage}.log",
         shown=True,
     )
-    with console.Relay() as show:
+    with console.Relay() as show, spending(job.folder, stage):
         result = supervise([child], show, keep_open=(job.lock,), peers=job.chair)
     return _judge(job, result, [stage])
 
@@ -152,15 +164,17 @@ def _run_by_ranks(job: DriverJob, stages: list[str]) -> int:
 
 
 def _judge(job: DriverJob, result: NodeResult, stages: Sequence[str]) -> int:
+    killed = result.exit_code == KILLED and not set(stages).isdisjoint(BY_RANKS)
     if job.chair is not None:
-        job.chair.ends_with(result.exit_code, result.cause)
+        job.chair.ends_with(EXIT_AGAIN if killed else result.exit_code, result.cause)
     if result.exit_code == EXIT_DONE:
         _require_markers(job, stages)
         return EXIT_DONE
+    note_stop(result.signal)
     if result.exit_code == EXIT_STOPPED:
         console.say(f"{result.cause}. Nothing is lost; to continue, type:\n  {job.command}")
         return EXIT_STOPPED
-    if result.exit_code == EXIT_AGAIN or ("train" in stages and result.exit_code == KILLED):
+    if result.exit_code == EXIT_AGAIN or killed:
         console.error(result.cause)
         console.say(f"what was saved is intact; to continue, type:\n  {job.command}")
         return EXIT_STOPPED

@@ -3,9 +3,7 @@
 Nothing here needs a model or logits: predictions come from ``evaluate.generate`` (or any file of them) and are compared
 with the reference text. All numbers are shares in [0, 1] unless said otherwise, and they are deterministic.
 
-How texts are compared (``normalise``): Unicode NFKC, case folded, every run of white space one space, outer white space
-and one final full stop removed. Words (``words``) are runs of letters and digits of the normalised text; a Han, kana
-or Thai character is a word of its own, because those scripts do not put spaces between words.
+How texts are compared, and what a word is: ``texts.py``.
 
     task             metrics
     classification   exact_match, accuracy, macro_f1, valid_labels
@@ -16,9 +14,6 @@ or Thai character is a word of its own, because those scripts do not put spaces 
 """
 
 import math
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +25,15 @@ from sklearn.metrics import f1_score
 
 from trainer.config import TaskName
 from trainer.errors import DataError, TrimtabError
+from trainer.evaluate.texts import exact_match as exact_match
+from trainer.evaluate.texts import normalise as normalise
+from trainer.evaluate.texts import token_f1 as token_f1
+from trainer.evaluate.texts import words as words
 from trainer.paths import write_atomic
 from trainer.samples import EvaluationExample, EvaluationRecord, Prediction
 
 NO_LABEL = ""
 """What stands for an answer that is none of the labels."""
-
-_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,34 +62,6 @@ class AnsweredRow:
     correct: bool
     stopped: bool
     token_ids: list[int]
-
-
-def normalise(text: str) -> str:
-    """The form in which texts are compared; see the head of this module."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return folded.removesuffix(".").rstrip()
-
-
-def words(text: str) -> list[str]:
-    """Words of ``text`` for token F1 and ROUGE; see the head of this module."""
-    return _WORD.findall(normalise(text))
-
-
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether two texts are equal after ``normalise``."""
-    return normalise(prediction) == normalise(answer)
-
-
-def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over the words of two texts, as in SQuAD (arXiv 1606.05250, section 6.1).
-
-    Articles stay, unlike there: "the Licensor" and "a Licensor" differ in law. Two texts without words are equal.
-    """
-    predicted, expected = Counter(words(prediction)), Counter(words(answer))
-    if not predicted or not expected:
-        return float(predicted == expected)
-    shared = (predicted & expected).total()
-    return 2.0 * shared / (predicted.total() + expected.total())
 
 
 def score(

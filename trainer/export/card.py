@@ -17,6 +17,7 @@ from trainer.console import run_and_report, say
 from trainer.errors import RunError
 from trainer.export.comparison import TensorComparison, rounding_price, tensor_evidence
 from trainer.export.figures import HUB_METRIC, METRICS, figure, main_metric, number
+from trainer.export.impact import emissions, impact
 from trainer.export.limitations import TUNED, limitations
 from trainer.export.lineage import (
     CARD,
@@ -58,6 +59,7 @@ def render_card(lineage: Lineage, kind: Kind) -> str:
         "## Intended use\n\n" + intended_use(lineage),
         "## Limitations\n\n" + bullets(limitations(lineage)),
         "## Training\n\n" + training(lineage),
+        "## Environmental impact\n\n" + impact(lineage),
         "## Data\n\n" + data(lineage),
         "## Licences\n\n" + licences(lineage),
         "## Checks of the export\n\n" + checks(lineage),
@@ -100,6 +102,7 @@ def header(lineage: Lineage, kind: Kind) -> ModelCardData:
             if tuned is not None
         ]
         or None,
+        co2_eq_emissions=emissions(lineage),
     )
 
 
@@ -274,6 +277,8 @@ def checks(lineage: Lineage) -> str:
             f"(allowed {one.tolerance:g}){_tensors(one.tensors)}."
             + (f" In memory, {rounding_price(one.rounding)}." if one.rounding else "")
         )
+    if lineage.config.export.nothing:
+        return "There is no export."
     return bullets(found) if found else "The export was not verified."
 
 

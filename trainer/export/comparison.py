@@ -104,7 +104,7 @@ def rounding_price(found: Rounding) -> str:
     """What rounding changed, for a sentence."""
     return (
         f"rounding to the stored dtype moved log-probabilities by up to {found.difference:.3g} nats (mean "
-        f"{found.mean:.2g}) from the trained model's, {found.same_answers} of {found.answers} answers stayed the same"
+        f"{found.mean:.2g}) from the unrounded model's, {found.same_answers} of {found.answers} answers stayed the same"
     )
 
 

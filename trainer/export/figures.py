@@ -1,25 +1,13 @@
-"""Names of the figures of an evaluation, in the order in which they are shown, and how they are written."""
+"""How the figures of an evaluation are written in a card, and what the Hub calls them."""
 
 import math
 
+from trainer.metric_names import LOWER_IS_BETTER as LOWER_IS_BETTER
+from trainer.metric_names import MAIN as MAIN
+from trainer.metric_names import METRICS as METRICS
+from trainer.metric_names import SHARES as SHARES
 from trainer.samples import EvaluationRecord
 
-METRICS = {
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "valid_labels": "answers that are one of the labels",
-    "token_f1": "token F1",
-    "rouge1": "ROUGE-1 (F)",
-    "rouge2": "ROUGE-2 (F)",
-    "rougeL": "ROUGE-L (F)",
-    "stopped": "answers that stop by themselves",
-    "perplexity": "perplexity per token",
-}
-"""In the order of the table."""
-MAIN = ("exact_match", "token_f1", "rougeL", "perplexity")
-"""What a model is summed up by: the first of these that was measured."""
-LOWER_IS_BETTER = ("perplexity",)
 HUB_METRIC = {
     "exact_match": "exact_match",
     "accuracy": "accuracy",
@@ -30,8 +18,6 @@ HUB_METRIC = {
     "rougeL": "rouge",
     "perplexity": "perplexity",
 }
-SHARES = ("exact_match", "accuracy", "valid_labels", "stopped")
-"""Means of yes-or-no per row, whose standard error follows from the number of rows."""
 
 
 def main_metric(evaluation: EvaluationRecord | None) -> str | None:

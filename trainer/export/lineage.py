@@ -6,7 +6,7 @@ the model card is rendered from this file alone, so that the two cannot disagree
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -14,9 +14,11 @@ from typing import TypeVar
 import msgspec
 
 from trainer.config import Config
+from trainer.cost import Cost, Factors, cost_of, totals
 from trainer.errors import RunError
 from trainer.export.comparison import VERIFICATION, Comparison
 from trainer.fingerprint import file_digest
+from trainer.ledger import read_account
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan
@@ -54,7 +56,8 @@ class DataRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
-    """From ``metrics.jsonl``. Losses in nats per target token; ``tokens`` without padding; speed is the median step's.
+    """From ``metrics.jsonl``. Losses in nats per target token; ``tokens`` without padding, ``targets`` those of them
+    that carried loss (0: not recorded); speed is the median step's.
 
     ``best_validation_loss`` and its step are None when nothing was validated.
     """
@@ -66,6 +69,7 @@ class TrainingRecord:
     best_validation_loss: float | None
     best_step: int | None
     tokens_per_second: float
+    targets: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,8 @@ class EnvironmentRecord:
 class Lineage:
     """``lineage.json``. ``created``: ISO 8601, UTC; ``exports``: folder name -> file name -> what it is.
 
-    ``verification`` is empty for an export that was not verified.
+    ``verification`` is empty for an export that was not verified. ``cost``: up to the card, None where nothing was
+    written down; ``cost_totals``: what ``cost.totals`` makes of it.
     """
 
     format: int
@@ -135,6 +140,8 @@ class Lineage:
     verification: list[Comparison]
     environment: EnvironmentRecord
     config: Config
+    cost: Cost | None = None
+    cost_totals: dict[str, float | None] = field(default_factory=dict[str, float | None])
 
 
 def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now: datetime) -> Lineage:
@@ -145,6 +152,8 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
     """
     verification = folder.export / VERIFICATION
     exports = [path for path in (folder.adapter, folder.merged) if path.is_dir()]
+    verified = read_marker(folder, "verify") is not None and not plan.config.export.nothing
+    cost = cost_of(read_account(folder.cost), Factors(**asdict(plan.config.cost)))
     return Lineage(
         format=FORMAT,
         created=now.astimezone(UTC).isoformat(timespec="seconds"),
@@ -161,9 +170,11 @@ def collect_lineage(folder: RunFolder, plan: RunPlan, prepared: Prepared, *, now
         evaluations={path.stem: read(path, EvaluationRecord) for path in sorted(folder.evaluation.glob("*.json"))},
         stages=_stages(folder),
         exports={path.name: describe_files(path) for path in exports},
-        verification=read(verification, list[Comparison]) if read_marker(folder, "verify") else [],
+        verification=read(verification, list[Comparison]) if verified else [],
         environment=read(folder.env_json, EnvironmentRecord),
         config=plan.config,
+        cost=cost,
+        cost_totals={} if cost is None else totals(cost),
     )
 
 
@@ -205,6 +216,7 @@ def read_training(metrics: Path) -> TrainingRecord:
         best_validation_loss=None if best is None else best[0],
         best_step=None if best is None else best[1],
         tokens_per_second=statistics.median(step.tokens_per_second for step in steps),
+        targets=sum(step.targets for step in steps),
     )
 
 
@@ -237,6 +249,7 @@ class _Step(msgspec.Struct):
     tokens: int
     epoch: float
     tokens_per_second: float
+    targets: int = 0
     val_loss: float | None = None
 
 

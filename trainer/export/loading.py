@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}"){grown}
 model = PeftModel.from_pretrained(base, folder)
 {ask}
 ```
@@ -62,6 +62,7 @@ def adapter_snippet(lineage: Lineage, folder: str) -> str:
         folder=folder,
         base=_base(lineage),
         dtype=lineage.dtype,
+        grown=_grown(lineage),
         ask=_ask(lineage, options),
         about_base=_about_base(lineage),
     )
@@ -77,7 +78,15 @@ def _base(lineage: Lineage) -> str:
     """The base as an argument: a Hub id with its commit, or the folder on the machine that trained."""
     if lineage.base.revision:
         return f'"{lineage.base.name}", revision="{lineage.base.revision}"'
-    return repr(lineage.base.directory).replace("'", '"')
+    return repr(lineage.base.published or lineage.base.directory).replace("'", '"')
+
+
+def _grown(lineage: Lineage) -> str:
+    """Room for added tokens, whose embeddings the adapter brings; never less than the base has."""
+    if not lineage.base.added_tokens:
+        return ""
+    rows = max(lineage.base.added_tokens) + 1
+    return f"\nbase.resize_token_embeddings(max({rows}, base.get_input_embeddings().num_embeddings))"
 
 
 def _about_base(lineage: Lineage) -> str:

@@ -6,6 +6,7 @@ tensors are compared themselves, one after the other. peft makes the update (sca
 adapter's own config, on a model without weights; only one tensor of the base is in memory at a time.
 
 * A tensor without an adapter is the base's, bit by bit, in the stored dtype.
+* So is one of embeddings, less the rows of tokens that were added, which are the adapter's, rounded.
 * A tensor with an adapter is base + update, rounded. The sum is known up to float32's own rounding (another device adds
   in another order), so the stored number has to lie between the roundings of the two ends of that narrow interval.
   Nearly everywhere they are the same number. An allowance of one step of the stored dtype would not do: in bfloat16 the
@@ -38,7 +39,9 @@ Measured on SmolLM2-135M after LoRA of rank 16 on all layers, against the same s
 merged and the one that verifies, on one CPU, with one thread or two, agreed bit by bit. A scale that is wrong by 0.1 %
 is seen in every adapted tensor.
 """
-ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+TOKEN_ROWS = "trainable_tokens_delta"
+ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector",
+                 f".token_adapter.{TOKEN_ROWS}")  # fmt: skip
 
 
 def compare_tensors(
@@ -70,6 +73,7 @@ def compare_tensors(
         return _not_compared(f"the adapter also holds {foreign[0]}, which is no low-rank update")
     skeleton = _without_weights(base_directory, trust_remote_code)
     own_names, tied = set(skeleton.state_dict()), _tied_names(skeleton)
+    rows = _added_rows(adapter, state, tied)
     base, written = tensor_files(base_directory), tensor_files(merged)
     origin = _origins(merged, base_directory, own_names, tied)
     layers = _adapted_layers(skeleton, adapter, state, device)
@@ -84,8 +88,9 @@ def compare_tensors(
         if not problem and name in layers:
             problem, steps = _compare_adapted(stored.to(device), original.to(device, dtype), layers[name])
             most = max(most, steps)
-        elif not problem and not torch.equal(original.to(stored.dtype), stored):
-            problem = "is not the base's, and has no adapter"
+        elif not problem and not torch.equal(_with_rows(original.to(stored.dtype), rows.get(name)), stored):
+            problem = "is not the base's, with the rows of the tokens that were added" if name in rows else ""
+            problem = problem or "is not the base's, and has no adapter"
         if problem:
             wrong.append(f"{name} {problem}")
     if wrong:
@@ -170,6 +175,8 @@ def _adapted_layers(
 ) -> dict[str, LoraLayer]:
     """Name of every adapted weight to its layer, which holds the adapter's numbers and none of the base's."""
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    config.trainable_token_indices = None  # whole rows, which need no sum
+    state = {name: tensor for name, tensor in state.items() if TOKEN_ROWS not in name}
     config.base_model_name_or_path = None  # peft would remark that the base is here and not where it was then
     with warnings.catch_warnings():  # peft asks transformers for a property under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -190,6 +197,31 @@ def _adapted_layers(
             f"first {[*found.unexpected_keys, *empty][0]}",
         )
     return layers
+
+
+Rows = tuple[list[int], torch.Tensor]
+"""Ids of tokens, and their rows [n, H]."""
+
+
+def _added_rows(adapter: Path, state: Mapping[str, torch.Tensor], tied: Mapping[str, set[str]]) -> dict[str, Rows]:
+    """Name of every matrix of which the adapter replaces rows, under all its names, to those rows."""
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    indices = cast(dict[str, list[int]], config.trainable_token_indices or {})
+    found: dict[str, Rows] = {}
+    for name, ids in indices.items():
+        key = f"base_model.model.{name}.token_adapter.{TOKEN_ROWS}"
+        if key not in state or len(state[key]) != len(ids):
+            raise _not_the_sum(adapter, f"no {len(ids)} rows of added tokens for {name}")
+        own = f"{name}.weight"
+        found |= dict.fromkeys((own, *tied.get(own, ())), (list(ids), state[key].cpu()))
+    return found
+
+
+def _with_rows(matrix: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    if rows is None:
+        return matrix
+    ids, values = rows
+    return matrix.index_copy(0, torch.tensor(ids), values.to(matrix.dtype))
 
 
 def _is_understood(name: str) -> bool:

@@ -25,7 +25,7 @@ import dataclasses
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -60,13 +60,20 @@ from trainer.export.tensors import compare_tensors
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import load_plan, stage_inputs
-from trainer.samples import Prepared
+from trainer.samples import BaseModel, Prepared
 
 
 def verify_adapter(
-    folder: Path, base_directory: Path, device: torch.device, *, trust_remote_code: bool = False
+    folder: Path,
+    base_directory: Path,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    added_tokens: Collection[int] = (),
 ) -> Comparison:
     """Load the base with plain transformers and ``folder`` onto it with plain peft, and compare.
+
+    ``added_tokens``: ids that the base in ``base_directory`` is not to have; it gets room for them.
 
     Raises:
         TrainingFault: something differs.
@@ -77,6 +84,7 @@ def verify_adapter(
     if (folder / "config.json").exists():
         raise differs(folder, "the adapter folder has a config.json", "transformers would take it for a whole model")
     base = _load_plain(base_directory, inference.dtype, device, trust_remote_code)
+    _grow(base, added_tokens)
     with warnings.catch_warnings():  # peft asks transformers for a property under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder)).eval())
@@ -147,7 +155,7 @@ def check_serving_files(folder: Path, inference: Inference) -> None:
 def verify_run(
     folder: RunFolder,
     *,
-    base_directory: Path,
+    base: BaseModel,
     adapter: bool,
     merged: bool,
     merged_from: Path | None,
@@ -165,13 +173,21 @@ def verify_run(
     comparisons: list[Comparison] = []
     if adapter:
         found = _existing(folder.adapter)
-        comparisons.append(verify_adapter(found, base_directory, device, trust_remote_code=trust_remote_code))
+        comparisons.append(
+            verify_adapter(
+                found,
+                Path(base.published or base.directory),
+                device,
+                trust_remote_code=trust_remote_code,
+                added_tokens=base.added_tokens,
+            )
+        )
     if merged:
         found, tensors = _existing(folder.merged), None
         if merged_from is not None:
             tensors = compare_tensors(
                 found,
-                base_directory,
+                Path(base.directory),
                 _existing(merged_from),
                 dtype=_DTYPES[read_inference(found).dtype],
                 device=device,
@@ -197,7 +213,7 @@ def main(arguments: Sequence[str]) -> int:
     lora, export = plan.config.method.name == "lora", plan.config.export
     comparisons = verify_run(
         folder,
-        base_directory=Path(prepared.base.directory),
+        base=prepared.base,
         adapter=lora and export.adapter,
         merged=export.merged,
         merged_from=(folder.adapter if export.adapter else folder.merged_from) if lora else None,
@@ -264,6 +280,13 @@ def _load_plain(directory: Path, dtype: str, device: torch.device, trust_remote_
             "every weight of the model in the files",
         )
     return cast(PreTrainedModel, loaded.to(device).eval())  # pyright: ignore[reportArgumentType]
+
+
+def _grow(model: PreTrainedModel, added: Collection[int]) -> None:
+    """Give a base as published room for the tokens ``added``, as its readers do; the adapter brings their rows."""
+    rows = max(added, default=-1) + 1
+    if rows > cast(Any, model.get_input_embeddings()).num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _check_adapter_loaded(model: PeftModel, folder: Path) -> None:

@@ -11,14 +11,16 @@ what ``tensors.py`` expects to find.
 
 import errno
 import shutil
-import tempfile
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.utils import other as unwrapping
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -35,7 +37,7 @@ from trainer.export.inference import (
 )
 from trainer.export.stored import read_tensor, shapes_on_disk, tensor_files, weight_files
 from trainer.model.quiet import without_progress_bars
-from trainer.paths import fsync_directory, fsync_file
+from trainer.paths import fresh_folder, fsync_directory, fsync_file
 
 HEADROOM_BYTES = 64_000_000
 """Tokenizer, config and the rest beside the weights."""
@@ -127,7 +129,7 @@ def export_merged(
     model.generation_config = generation_config(inference, bos_token_id(load_plain_tokenizer(tokenizer)))
 
     def fill(stage: Path) -> None:
-        with without_progress_bars():
+        with without_progress_bars(), without_importing_deepspeed():
             model.save_pretrained(str(stage), max_shard_size=f"{round(max_shard_gb * 1000)}MB")
         write_serving_files(stage, tokenizer=tokenizer, inference=inference)
         compare_with_base(stage, base_directory, model)
@@ -226,6 +228,24 @@ def require_change(folder: Path, base_directory: Path) -> None:
     )
 
 
+@contextmanager
+def without_importing_deepspeed() -> Iterator[None]:
+    """Save a model without a look for DeepSpeed's engine around it, unless somebody here has imported DeepSpeed.
+
+    transformers has accelerate unwrap a model before it is saved, and accelerate imports DeepSpeed for the type of its
+    engine wherever it is installed: two seconds and a warning. What nobody has imported wraps nothing.
+    """
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    look = unwrapping.is_deepspeed_available
+    unwrapping.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        unwrapping.is_deepspeed_available = look
+
+
 def require_free_space(folder: Path, needed: int, *, free: Callable[[Path], int] | None = None) -> None:
     """Refuse to start a write that cannot end: ``needed`` bytes of weights and some headroom.
 
@@ -256,9 +276,8 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(stale)
-    stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    stage = fresh_folder(folder.parent, f".{folder.name}.partial-")
     try:
-        stage.chmod(0o755)
         fill(stage)
         for file in stage.rglob("*"):
             if file.is_file():

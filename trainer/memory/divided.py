@@ -60,14 +60,18 @@ def estimate(
     compiled: bool = False,
     repeats_keys: bool = False,
     quantized: bool = False,
+    added_tokens: bool = False,
+    sliced: bool = False,
 ) -> MemoryEstimate:
     """Estimate one rank's memory for micro-batches of ``capacity`` tokens in the compute ``dtype``.
 
     Full: weights are float32, and autocast keeps a 16-bit copy of the matrices; the first ``frozen_layers`` layers and
     the ``frozen_embeddings`` have neither gradients nor moments. LoRA (``adapter``): the base is held in the compute
     dtype, ``quantized`` with its linears in 4 bits, without gradients; the gradient passes through all layers from
-    ``lowest_layer`` up. DDP adds flat gradient buckets as large as the gradients; FSDP (``shards``) and ZeRO
-    (``zero``, ``gather_for_generation``) divide. ``accumulation``: micro-batches of a rank in a step.
+    ``lowest_layer`` up. Rows of ``added_tokens`` are put into a copy of the output layer, which gets a gradient. DDP
+    adds flat gradient buckets as large as the gradients; FSDP (``shards``) and ZeRO (``zero``,
+    ``gather_for_generation``) divide; ``sliced``: no rank of ZeRO-3 ever has the whole model while it is loaded.
+    ``accumulation``: micro-batches of a rank in a step.
     """
     size = BYTES[dtype]
     frozen = frozen_layers * shape.layer_parameters + (shape.embedding_parameters if frozen_embeddings else 0)
@@ -78,6 +82,8 @@ def estimate(
         frozen=frozen,
         linear_bits=NF4_BITS if quantized else None,
     )
+    if added_tokens and method == "lora":
+        weights = replace(weights, head_copy=size * shape.vocabulary * shape.hidden)
     if shards is not None:  # layers are gathered in the compute dtype: autocast copies none of them
         weights = replace(weights, copies=0)
     if method == "lora":
@@ -97,12 +103,12 @@ def estimate(
         trained_layers=trained,
         passed_layers=through - trained,
         checkpointing=checkpointing,
-        head_trained=method == "full" and not frozen_embeddings,
+        head_trained=added_tokens if method == "lora" else not frozen_embeddings,
     )
     if strategy == "ddp":
         return replace(whole, communication=FLOAT32 * weights.trainable)
     if zero is not None:
-        return _by_zero(shape, whole, weights, zero, gathers=gather_for_generation)
+        return _by_zero(shape, whole, weights, zero, gathers=gather_for_generation, sliced=sliced)
     if shards is not None:
         return _by_fsdp(shape, whole, weights, shards, size=size, adapter=adapter if method == "lora" else None)
     return whole
@@ -142,7 +148,7 @@ def _by_fsdp(
 
 
 def _by_zero(
-    shape: ModelShape, whole: MemoryEstimate, weights: Weights, zero: ZeroSpec, *, gathers: bool
+    shape: ModelShape, whole: MemoryEstimate, weights: Weights, zero: ZeroSpec, *, gathers: bool, sliced: bool
 ) -> MemoryEstimate:
     """Divide what ``whole`` counts as the stage of ``zero`` does (``trainer/distributed/zero.py``).
 
@@ -176,7 +182,7 @@ def _by_zero(
         gradients=gradients,
         optimizer=optimizer,
         communication=FLOAT32 * BUCKET + min(weights.stored, ahead),
-        loading=weights.stored + part,
+        loading=0 if sliced else weights.stored + part,
         generating=parameters + optimizer + weights.stored if gathers else 0,
         offloaded=offloaded + (part if zero.offload_parameters else 0),
         adds_up=True,

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -28,6 +29,8 @@ from trainer.errors import ModelError, nearest
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKEN_ROWS = "trainable_tokens_delta"
+"""In the name of the rows that peft trains of a matrix of embeddings. They replace the matrix's own."""
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
@@ -49,11 +52,13 @@ def attach_lora(
     layers: range | None = None,
     rslora: bool = False,
     dora: bool = False,
+    tokens: Sequence[int] = (),
 ) -> PeftModel:
     """A new low-rank adapter (arXiv 2106.09685) on ``model``, whose own weights are frozen.
 
     ``targets``: suffixes of linear modules (``q_proj``, ``mlp.down_proj``) or ``all-linear``, which is every linear
     module but the output layer. ``layers``: decoder layers that get one. Initial values come from torch's generator.
+    ``tokens``: ids whose rows of embeddings and output layer are trained as well.
 
     Raises:
         ModelError: unknown target, no layer left, or a target that cannot be adapted.
@@ -75,15 +80,18 @@ def attach_lora(
         layers_pattern=stack if chosen is not None else None,
         use_rslora=rslora,
         use_dora=dora,
+        trainable_token_indices=_token_rows(model, tokens),
     )
     return _without_input_casts(_wrap(model, config))
 
 
-def continue_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+def continue_lora(model: PreTrainedModel, folder: Path, tokens: Sequence[int] = ()) -> PeftModel:
     """Load the adapter in ``folder`` onto ``model`` for further training; its rank, targets and scale are used.
 
+    ``tokens``: ids that were added to the vocabulary of ``model``; the adapter has to bring their rows.
+
     Raises:
-        ModelError: not an adapter folder, not LoRA, pickled weights, or made for another base model.
+        ModelError: not an adapter folder, not LoRA, pickled weights, made for another base model or other tokens.
     """
     config = read_adapter_config(folder)
     weights = folder / ADAPTER_WEIGHTS
@@ -99,6 +107,8 @@ def continue_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     lora = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     lora.inference_mode = False
     _check_adapter_targets(model, lora, folder)
+    _check_adapter_tokens(lora, folder, tokens)
+    lora.base_model_name_or_path = None  # peft would remark that the base is here and not where it was then
     adapted = _wrap(model, lora)
     try:
         tensors = load_file(weights)
@@ -110,7 +120,8 @@ def continue_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         result = set_peft_model_state_dict(adapted, tensors)
     except RuntimeError as error:
         raise _other_base(folder, str(config.get("base_model_name_or_path")), str(error)) from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
+    own = {name for name, _ in adapted.named_parameters() if "lora_" in name or TOKEN_ROWS in name}  # tied ones once
+    missing = [name for name in result.missing_keys if name in own]
     if missing or result.unexpected_keys:
         different = [*missing, *result.unexpected_keys]
         raise _other_base(
@@ -292,6 +303,40 @@ def _check_adapter_targets(model: PreTrainedModel, lora: LoraConfig, folder: Pat
         raise _other_base(folder, str(lora.base_model_name_or_path), f"no modules {', '.join(absent)} in this model")
 
 
+def _check_adapter_tokens(lora: LoraConfig, folder: Path, tokens: Sequence[int]) -> None:
+    rows = lora.trainable_token_indices or []
+    known = sorted({token for of in (rows.values() if isinstance(rows, dict) else [rows]) for token in of})
+    if known != sorted(tokens):
+        raise ModelError(
+            "the adapter has rows for other tokens than are added to the vocabulary",
+            where="model.add_tokens",
+            got=f"ids {sorted(tokens)}",
+            allowed=f"ids {known}, which {folder} was trained with",
+            do="give the same model.add_tokens and model.add_special_tokens as in its run, or method.adapter=null",
+        )
+
+
+def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """What peft trains rows of, by module: the embeddings, and an output layer that does not share their tensor."""
+    if not tokens:
+        return None
+    wanted = [model.get_input_embeddings(), *([] if _is_tied(model) else [model.get_output_embeddings()])]
+    return {name: list(tokens) for name, module in model.named_modules() if any(module is one for one in wanted)}
+
+
+def added_rows(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[int]]]:
+    """Name of a matrix of the base (``model.embed_tokens.weight``) to the rows that are trained of it, and their ids.
+
+    The rows are float32 [len(ids), H]. A tied output layer has none of its own.
+    """
+    found: dict[str, tuple[nn.Parameter, list[int]]] = {}
+    for name, module in inner_model(model).named_modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            for adapter, rows in module.trainable_tokens_delta.items():
+                found[f"{name.removesuffix('.token_adapter')}.weight"] = (rows, module.token_indices[adapter])
+    return found
+
+
 def _other_base(folder: Path, base: str, detail: str) -> ModelError:
     return ModelError(
         "the adapter was made for another base model",
@@ -326,9 +371,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a tied matrix counts once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """(trained, all) parameters; a tied matrix counts once, and what is in 4 bits by what it stands for."""
+    sizes = [(_elements(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Two weights of 4 bits are one byte; bitsandbytes keeps the shape of the whole beside them."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def adapter_dtype(model: nn.Module) -> torch.dtype:

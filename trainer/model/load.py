@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -38,6 +39,8 @@ from trainer.model.quantised import Quantisation, check_quantised, keep_trainabl
 from trainer.model.quiet import without_progress_bars
 from trainer.samples import BaseModel
 
+HUB_SECONDS = 10.0
+"""How long the Hub may take to say at which commit a name is; without a limit it may take for ever."""
 BUILTIN_PREFIX = "builtin:"
 HUB_PATTERNS = [*DESCRIBING_FILES, "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 
@@ -94,19 +97,22 @@ def fetch_from_hub(name: str, revision: str | None, *, trust_remote_code: bool) 
     """Download (or find in the Hub's cache) the model ``name``: its folder and the commit it was resolved to.
 
     The commit is resolved first and then asked for, so that a branch that moves in between cannot mix two versions.
+    A Hub that is down, slow or lets nobody in (a token that has expired) keeps no run from a model in the cache.
 
     Raises:
         ModelError: not a Hub id, not found, gated, or not reachable and not cached.
     """
     patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else HUB_PATTERNS
     try:
-        commit = str(HfApi().model_info(name, revision=revision).sha)
+        commit = str(HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).sha)
         say(f"base model {name} at {commit[:12]} from the Hub")
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns)), commit
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+    except (RevisionNotFoundError, HFValidationError) as error:
         raise _hub_refusal(name, revision, error) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (OfflineModeIsEnabled, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         cached = _cached_snapshot(name, revision, patterns)
+        if cached is None and isinstance(error, GatedRepoError | RepositoryNotFoundError):
+            raise _hub_refusal(name, revision, error) from error
         if cached is None:
             raise ModelError(
                 "the Hub cannot be reached and the model is not in its cache",
@@ -115,7 +121,9 @@ def fetch_from_hub(name: str, revision: str | None, *, trust_remote_code: bool) 
                 do="connect once, or copy the model to this machine and set model.path to its folder; "
                 "model.path=builtin:smollm2-135m-instruct needs no Hub",
             ) from error
-        say(f"the Hub cannot be reached; base model {name} at {cached.name[:12]} from its cache")
+        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError)
+        why = "the Hub refuses it (the name, or the token)" if refused else "the Hub cannot be reached"
+        say(f"{why}; base model {name} at {cached.name[:12]} from its cache")
         return cached, cached.name
 
 

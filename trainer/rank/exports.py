@@ -46,7 +46,7 @@ def write_exports(job: Job, loss: PackedLoss) -> Summary:
             job.folder.adapter if config.export.adapter else job.folder.merged_from,
             tokenizer=tokenizer,
             inference=inference,
-            base_reference=base.name if base.revision else base.directory,
+            base_reference=base.name if base.revision else base.published or base.directory,
             base_revision=base.revision,
         )
         if config.export.adapter:

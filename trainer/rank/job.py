@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from trainer import console
+from trainer.book import Book
 from trainer.distributed.ranks import Ranks
 from trainer.errors import DataError, RunError
 from trainer.markers import BY_RANKS, Marker, write_marker
@@ -23,6 +24,7 @@ from trainer.paths import RunFolder
 from trainer.plan import RunPlan, load_plan, stage_inputs
 from trainer.samples import EvaluationExample, Prepared, SplitInfo
 from trainer.train.guard import StopFlag
+from trainer.train.watchdog import Watchdog, clear_signs
 from trainer_kernels import ArenaError, TokenArena
 
 Summary = dict[str, float | int | str]
@@ -31,13 +33,15 @@ Summary = dict[str, float | int | str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What this rank works on, and with whom."""
+    """What this rank works on, and with whom; ``watchdog`` is told what it is doing."""
 
     folder: RunFolder
     plan: RunPlan
     prepared: Prepared
     ranks: Ranks
     stop: StopFlag
+    watchdog: Watchdog
+    book: Book
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -55,6 +59,13 @@ class Job:
             console.warn(text)
 
     @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around what is made ready before a stage: a request to stop ends it at once."""
+        self.watchdog.enter("loading", 0)
+        with self.stop.at_once("loading"):
+            yield
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[Summary]:
         """Around one stage: rank 0 writes its marker at the end, with the summary that was filled in.
 
@@ -62,18 +73,35 @@ class Job:
         """
         start = time.monotonic()
         summary: Summary = {}
-        if name == "train":
-            yield summary
-        else:
-            with self.stop.at_once(name):
+        self.watchdog.enter(f"stage {name}", 0)
+        with self.book.stage(name):
+            if name == "train":
                 yield summary
-        self.ranks.barrier()
+            else:
+                with self.stop.at_once(name):
+                    yield summary
+            self.ranks.barrier()
         if self.ranks.is_first:
             finished = datetime.now(UTC).isoformat(timespec="seconds")
             seconds = time.monotonic() - start
             inputs = stage_inputs(self.plan, name)
             marker = Marker(stage=name, inputs=inputs, seconds=seconds, finished=finished, summary=summary)
             write_marker(self.folder, marker)
+
+
+@contextmanager
+def watched(folder: RunFolder, plan: RunPlan, ranks: Ranks) -> Iterator[Watchdog]:
+    """A watchdog over all that the block does; it only listens with a ``guard.hang_timeout`` of 0."""
+    timeout = plan.config.guard.hang_timeout
+    watchdog = Watchdog(folder.signs, ranks.rank, ranks.world_size, timeout=timeout)
+    if timeout == 0:
+        yield watchdog
+        return
+    if ranks.is_first:
+        clear_signs(folder.signs)
+    ranks.barrier()
+    with watchdog.watching():
+        yield watchdog
 
 
 def read_inputs(folder: RunFolder, stages: Sequence[str]) -> tuple[RunPlan, Prepared]:

@@ -112,11 +112,12 @@ def make_trainable(job: Job, model: nn.Module) -> nn.Module:
 
 def _with_adapters(job: Job, model: nn.Module) -> nn.Module:
     method, inner = job.plan.config.method, inner_model(model)
+    tokens = job.prepared.base.added_tokens
     if method.name == "full":
         freeze(inner, method.freeze_layers, method.freeze_embeddings)
         trained = model
     elif method.adapter is not None:
-        trained = continue_lora(inner, Path(method.adapter))
+        trained = continue_lora(inner, Path(method.adapter), tokens)
     else:
         seed_all(job.plan.config.run.seed)
         layers = (
@@ -131,6 +132,7 @@ def _with_adapters(job: Job, model: nn.Module) -> nn.Module:
             layers=layers,
             rslora=method.rslora,
             dora=method.dora,
+            tokens=tokens,
         )
     return trained
 
@@ -159,6 +161,7 @@ def planned_strategy(
         sharding=sharding,
         zero=zero_spec(job.plan),
         gather_for_generation=parallel.gather_for_generation,
+        read=read,
     )
     strategy.prepare(loss, optimizer_maker(job))
     if (kind := job.plan.config.method.quantize) is not None:

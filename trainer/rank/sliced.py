@@ -1,4 +1,4 @@
-"""Loading without a copy of the model per rank: under fsdp every rank reads its own rows, straight from the files.
+"""Loading without a copy of the model per rank: fsdp reads its own rows from the files, zero3 a parameter at a time.
 
 Modules are made without numbers, adapters are put on, everything is cut, and then the rows are read. The self-check and
 the baseline come after that, on the shards, with a layer gathered at a time; what is trained is the same bit by bit as
@@ -6,7 +6,7 @@ when every rank loads the whole base first. Where that cannot be done, the reaso
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from trainer.distributed.fsdp import FullySharded
+from trainer.distributed.strategy import Strategy
+from trainer.distributed.zero import DividedWeights
+from trainer.model.adapters import added_rows
 from trainer.model.device import peak_memory_gb
 from trainer.model.load import settle
 from trainer.model.loss import PackedLoss
@@ -42,7 +45,7 @@ class Skeleton:
 
 def skeleton(job: Job) -> Skeleton | None:
     """The base without numbers; None where the ranks have to load all of it."""
-    if job.plan.strategy != "fsdp":
+    if job.plan.strategy not in ("fsdp", "zero3"):
         return None
     found = _skeleton(job)
     if isinstance(found, Skeleton):
@@ -51,15 +54,28 @@ def skeleton(job: Job) -> Skeleton | None:
     return None
 
 
-def sharded_loss(job: Job, base: Skeleton) -> tuple[PackedLoss, FullySharded]:
+def sharded_loss(job: Job, base: Skeleton) -> tuple[PackedLoss, Strategy]:
     """What is trained, cut among the ranks and read, and checked on the spot."""
     names = parameter_names(base.model)
     with standing_in(base.model):
         loss = trained_loss(job, base.model, "head")
-    strategy = cast(FullySharded, planned_strategy(job, loss, slice_reader(loss, names, base.places)))
+    fill_added_rows(loss.model, base.places)
+    strategy = cast(FullySharded | DividedWeights, planned_strategy(job, loss, slice_reader(loss, names, base.places)))
     with strategy.gathered(layers=False):
         loss.logits_via = check_model(job, loss.model)
-    return loss, strategy
+    return loss, cast(Strategy, strategy)
+
+
+def fill_added_rows(model: nn.Module, places: Mapping[str, StoredTensor]) -> None:
+    """Give the rows of added tokens their first values: peft copied them from a base without numbers.
+
+    ``places``: of the base's matrices by name.
+    """
+    for name, (rows, ids) in added_rows(model).items():
+        width = rows.shape[1]
+        with torch.no_grad():
+            for row, token in zip(rows, ids, strict=True):
+                row.copy_(places[name].read(token * width, width, row.dtype))
 
 
 @contextmanager
@@ -69,6 +85,13 @@ def loading(job: Job) -> Iterator[None]:
     yield
     peaks = job.ranks.gather(peak_memory_gb(job.ranks.device))
     job.say(f"loaded in {time.monotonic() - start:.1f} s, at most {max(peaks):.2f} GB on a rank so far")
+
+
+def say_peaks(job: Job) -> None:
+    """Say what the run took at most so far on rank 0, which puts an export together, and on the others."""
+    first, *others = job.ranks.gather(peak_memory_gb(job.ranks.device))
+    beside = f", {max(others):.2f} GB on another" if others else ""
+    job.say(f"at most {first:.2f} GB on rank 0 so far{beside}")
 
 
 def _skeleton(job: Job) -> Skeleton | str:

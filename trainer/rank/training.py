@@ -32,7 +32,6 @@ from trainer.train.loop import Hooks, Settings, train
 from trainer.train.metrics import MetricsFile, StepRecord
 from trainer.train.optim import lr_schedule
 from trainer.train.state import TrainState
-from trainer.train.watchdog import Watchdog, clear_signs
 
 VALIDATIONS = 10
 """About so many validations in a run whose config does not say how often."""
@@ -54,12 +53,9 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
     if job.ranks.is_first:
         metrics.continue_after(state.step - (state.pending is not None))
     saver = make_saver(job, strategy, fence, metrics)
-    watchdog = Watchdog(
-        job.folder.signs, job.ranks.rank, job.ranks.world_size, timeout=job.plan.config.guard.hang_timeout
-    )
 
     def boundary(phase: str, step: int) -> None:
-        watchdog.enter(phase, step)
+        job.watchdog.enter(phase, step)
         saver.check()
 
     with progress("train", source.num_steps, start=state.step) as bar:
@@ -72,11 +68,11 @@ def do_training(job: Job, strategy: Strategy, loss: PackedLoss) -> Summary:
             rollback=partial(roll_back, job, strategy, saver),
         )
         began = state.step
-        with watched(job, strategy, watchdog):
+        with moving(job, strategy):
             try:
                 state = train(strategy, source, settings, hooks, state, job.stop)
             finally:
-                watchdog.enter("leaving", state.step)
+                job.watchdog.enter("saving", state.step)
                 saver.leave()
     summary = training_summary(state)
     if job.ranks.is_first:
@@ -159,18 +155,11 @@ def validate(job: Job, strategy: Strategy, loss: PackedLoss) -> Mapping[str, flo
 
 
 @contextmanager
-def watched(job: Job, strategy: Strategy, watchdog: Watchdog) -> Iterator[None]:
-    """Have ``watchdog`` watch while the block trains; every forward pass is a move. Not with a timeout of 0."""
-    if job.plan.config.guard.hang_timeout == 0:
-        yield
-        return
-    if job.ranks.is_first:
-        clear_signs(job.folder.signs)
-    job.ranks.barrier()
-    handle = strategy.inner.register_forward_pre_hook(lambda *_: watchdog.move())
+def moving(job: Job, strategy: Strategy) -> Iterator[None]:
+    """Every forward pass of the block is a move for those who watch."""
+    handle = strategy.inner.register_forward_pre_hook(lambda *_: job.watchdog.move())
     try:
-        with watchdog.watching():
-            yield
+        yield
     finally:
         handle.remove()
 
@@ -179,6 +168,8 @@ def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile)
     """What publishes the state, and then deletes what need not be kept."""
     config = job.plan.config.checkpoint
     verified = set[int]()
+    if job.plan.waits_for_saves:
+        job.warn(f"the training waits for its saves: {job.plan.waits_for_saves}")
 
     def delete_old(state: TrainState) -> None:
         verified.add(state.step)
@@ -187,7 +178,7 @@ def make_saver(job: Job, strategy: Strategy, fence: Fence, metrics: MetricsFile)
     return Saver(
         strategy,
         fence,
-        job.ranks.aside() if config.asynchronous else None,
+        job.ranks.aside() if config.asynchronous and not job.plan.waits_for_saves else None,
         identity=job.plan.identity,
         base=job.prepared.base.sha256,
         before=metrics.sync,

@@ -6,6 +6,7 @@ layers or set a rank. Every rule looks at the config alone; what is on disk is l
 
 from trainer.config import Config
 from trainer.errors import Problem
+from trainer.rules.added_tokens import added_token_rules
 from trainer.rules.data import legal_rules, source_rules, split_rules
 from trainer.rules.evaluation import generation_rules, task_rules, validation_rules
 from trainer.rules.launch import launch_rules
@@ -20,6 +21,7 @@ __all__ = ["check"]
 RULES = (
     name_rules,
     model_rules,
+    added_token_rules,
     source_rules,
     split_rules,
     legal_rules,

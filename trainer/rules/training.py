@@ -56,13 +56,13 @@ def method_rules(config: Config) -> Iterator[Problem]:
     if method.name == "full":
         do = "method=lora, or remove it (an experiment that sets it: ~method.KEY)"
         yield from no_effect("method", method, _LORA_ONLY, "method.name=full", do)
-        if not config.export.merged:
+        if config.export.adapter and not config.export.merged:
             yield Problem(
                 what="would leave no weights: full fine-tuning has no adapter",
                 where="export.merged",
                 got="false",
-                allowed="true",
-                do="export=merged",
+                allowed="true, or export.adapter=false as well: then nothing is exported",
+                do="export=merged, or export=none",
             )
         return
     yield from no_effect("method", method, _FULL_ONLY, "method.name=lora", "method=full, or remove it")

@@ -15,6 +15,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from trainer.model.adapters import TOKEN_ROWS
+
 ScheduleName = Literal["constant", "linear", "cosine", "warmup_stable_decay"]
 
 DECAY_SHARE = 0.2
@@ -51,7 +53,11 @@ def undecayed(module: nn.Module) -> set[str]:
     An output layer tied to the embeddings is one parameter with them and is spared too.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    return {name for name, p in module.named_parameters() if p.ndim < 2 or id(p) in embeddings}
+    return {
+        name
+        for name, p in module.named_parameters()
+        if p.ndim < 2 or id(p) in embeddings or TOKEN_ROWS in name  # single rows of the embeddings
+    }
 
 
 def warmup_steps(steps: int, share: float) -> int:

@@ -2,11 +2,13 @@
 
 A frozen rank keeps the others waiting in a collective for as long as the group's timeout, and then they all say "timed
 out" and nobody knows why. So a thread of every rank leaves a sign of life in the run folder, every few seconds: which
-phase and step its rank is in, a number that grows with every sign, and one that grows with every move of the training.
-It reads the signs of the others as well. Two things are wrong:
+phase and step its rank is in, a number that grows with every sign, and one that grows with every move of its work. It
+reads the signs of the others as well. Two things are wrong, from the moment the ranks have met to their end:
 
 - a rank whose signs have ceased: it is frozen or dead, whatever it was doing;
-- no move for too long while all ranks are in training steps. Validating and saving may take their time.
+- no move of any rank for too long: all wait for something that does not come. In training steps a forward pass is a
+  move, and nothing else: ranks that spin are stuck too. Whatever else they do (loading, measuring, saving, exporting)
+  may take as long as it needs: there, it is a move when a rank has computed, read or written anything (``busy.py``).
 
 Times are this process's own; clocks of two machines are never compared, and a process that was itself stopped for a
 while (a suspended job) begins anew. The rank that notices first has the others of
@@ -29,16 +31,27 @@ import msgspec
 import psutil
 
 from trainer.errors import EXIT_AGAIN
+from trainer.train.busy import Busy
 
 TRAINING = "train"
-"""The phase that has to move."""
+"""The phase in which only a forward pass is a move."""
 SIGNS_PER_TIMEOUT = 10
+ALARM_SECONDS = 1.0
+"""Between looks for an alarm of another machine."""
+STACKS_SECONDS = 5.0
+"""What ranks on other machines have to write their stacks, before the first one ends and all are ended."""
 STACKS = signal.SIGUSR2
+ALARM = "alarm"
+"""A file beside the signs, with the words of the rank that noticed, for ranks on other machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sign:
-    """``signs/rank{r}.json``. ``started``: of the process, in seconds since 1970; with the pid it names a process."""
+    """``signs/rank{r}.json``. ``started``: of the process, in seconds since 1970; with the pid it names a process.
+
+    ``count`` grows with every sign, ``moves`` with every move since the phase began, ``work`` whenever the process was
+    found busy outside of training steps.
+    """
 
     pid: int
     host: str
@@ -47,11 +60,17 @@ class Sign:
     step: int
     count: int
     moves: int
+    work: int = 0
+
+    @property
+    def progress(self) -> tuple[str, int, int, int]:
+        """What changes when the rank gets anywhere."""
+        return self.phase, self.step, self.moves, self.work
 
 
 @dataclass(slots=True)
 class _Seen:
-    """The last sign of a rank and when, by our clock, its count and its moves were seen to change."""
+    """The last sign of a rank and when, by our clock, its count and its progress were seen to change."""
 
     sign: Sign
     alive: float
@@ -67,6 +86,7 @@ class Watchdog:
         timeout: seconds.
         end: what is done at last, with an exit code; it does not return.
         now: the clock.
+        is_busy: whether this process did anything since the last call; None: ask the system.
     """
 
     def __init__(
@@ -78,9 +98,11 @@ class Watchdog:
         timeout: float,
         end: Callable[[int], None] = os._exit,
         now: Callable[[], float] = time.monotonic,
+        is_busy: Callable[[], bool] | None = None,
     ) -> None:
         self._folder, self._rank, self._world_size = folder, rank, world_size
         self._timeout, self._end, self._now = timeout, end, now
+        self._is_busy = is_busy or Busy().since_last
         started = psutil.Process().create_time()
         self._own = Sign(
             pid=os.getpid(), host=socket.gethostname(), started=started, phase="start", step=0, count=0, moves=0
@@ -91,8 +113,8 @@ class Watchdog:
         self._over = threading.Event()
 
     def enter(self, phase: str, step: int) -> None:
-        """The training begins ``phase`` of ``step``."""
-        self._own = replace(self._own, phase=phase, step=step, moves=self._own.moves + 1)
+        """The rank begins ``phase``, of ``step`` in training."""
+        self._own = replace(self._own, phase=phase, step=step, moves=0)
 
     def move(self) -> None:
         """Something was done within the phase."""
@@ -116,7 +138,14 @@ class Watchdog:
             faulthandler.unregister(STACKS)
 
     def _run(self) -> None:
-        while not self._over.wait(self._timeout / SIGNS_PER_TIMEOUT):
+        pause = self._timeout / SIGNS_PER_TIMEOUT
+        due = time.monotonic() + pause
+        while not self._over.wait(min(ALARM_SECONDS, pause)):
+            if self._is_raised():
+                return
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + pause
             self.give_sign()
             trouble = self.look()
             if trouble:
@@ -125,7 +154,9 @@ class Watchdog:
 
     def give_sign(self) -> None:
         """Leave a sign of life; half a sign is never seen. A disk that fails is remembered, and is no error here."""
-        self._own = replace(self._own, count=self._own.count + 1)
+        worked = self._is_busy()  # asked in every phase: it counts from call to call
+        work = self._own.work + (worked and self._own.phase != TRAINING)
+        self._own = replace(self._own, count=self._own.count + 1, work=work)
         path = self._folder / f"rank{self._rank}.json"
         partial = path.with_suffix(".new")
         try:
@@ -164,7 +195,7 @@ class Watchdog:
         sign = seen.sign
         return (
             f"rank {rank} (process {sign.pid} on {sign.host}) has given no sign of life for {now - seen.alive:.0f} s, "
-            f"last in '{sign.phase}' of step {sign.step}: frozen or dead"
+            f"last in '{sign.phase}'{_of_step(sign)}: frozen or dead"
         )
 
     def _note(self, rank: int, sign: Sign, now: float) -> None:
@@ -173,33 +204,55 @@ class Watchdog:
             self._seen[rank] = _Seen(sign, now, now)
             return
         alive = now if sign.count != before.sign.count or rank == self._rank else before.alive
-        moved = now if sign.moves != before.sign.moves else before.moved
+        moved = now if sign.progress != before.sign.progress else before.moved
         self._seen[rank] = _Seen(sign, alive, moved)
 
     def _standstill(self, now: float) -> str:
-        all_train = len(self._seen) == self._world_size and all(
-            seen.sign.phase == TRAINING for seen in self._seen.values()
-        )
-        if not all_train or min(now - seen.moved for seen in self._seen.values()) <= self._timeout:
+        if len(self._seen) < self._world_size or min(now - seen.moved for seen in self._seen.values()) <= self._timeout:
             return ""
+        places = {rank: f"'{seen.sign.phase}'{_of_step(seen.sign)}" for rank, seen in sorted(self._seen.items())}
         latest = max((seen.sign.step, seen.sign.moves) for seen in self._seen.values())
-        behind = [rank for rank, seen in self._seen.items() if (seen.sign.step, seen.sign.moves) < latest]
-        who = f"rank {', '.join(map(str, sorted(behind)))} is behind the others" if behind else "all ranks are"
-        where = f"in step {min(seen.sign.step for seen in self._seen.values())}"
-        return f"nothing has moved for {self._timeout:.0f} s: {who} {where}"
+        behind = [rank for rank, seen in sorted(self._seen.items()) if (seen.sign.step, seen.sign.moves) < latest]
+        if all(seen.sign.phase == TRAINING for seen in self._seen.values()) and behind:
+            who = f"rank {', '.join(map(str, behind))} is behind the others in step {self._seen[behind[0]].sign.step}"
+        elif len(set(places.values())) == 1:
+            who = f"all ranks are in {places[0]}"
+        else:
+            who = "; ".join(f"rank {rank} is in {place}" for rank, place in places.items())
+        return f"nothing has moved for {self._timeout:.0f} s: {who}"
+
+    def _is_raised(self) -> bool:
+        """Whether a rank has raised the alarm; then this one writes its stacks and is done: it will be ended."""
+        try:
+            trouble = (self._folder / ALARM).read_text("utf-8")
+        except OSError:
+            return False
+        self._write_stacks(trouble)
+        return True
+
+    def _write_stacks(self, trouble: str) -> None:
+        _write(f"=== stacks of rank {self._rank}, because {trouble}\n")
+        faulthandler.dump_traceback(file=2, all_threads=True)
 
     def _raise_alarm(self, trouble: str) -> None:
-        text = f"=== stacks of rank {self._rank}, because {trouble}\n"
-        _write(text)
-        faulthandler.dump_traceback(file=2, all_threads=True)
-        for rank, seen in self._seen.items():
-            if rank != self._rank and seen.sign.host == self._own.host and is_running(seen.sign):
+        self._write_stacks(trouble)
+        others = [(rank, seen.sign) for rank, seen in self._seen.items() if rank != self._rank]
+        for rank, sign in others:
+            if sign.host == self._own.host and is_running(sign):
                 _write(f"=== rank {rank} was asked to write its stacks into its own log\n")
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(seen.sign.pid, STACKS)
-                    os.kill(seen.sign.pid, signal.SIGCONT)
-        _write(f"error: {trouble}. The run ends; the same command goes on from the newest checkpoint\n")
+                    os.kill(sign.pid, STACKS)
+                    os.kill(sign.pid, signal.SIGCONT)
+        if any(sign.host != self._own.host for _, sign in others):
+            with suppress(OSError):
+                (self._folder / ALARM).write_text(trouble, "utf-8")
+            self._over.wait(STACKS_SECONDS)
+        _write(f"error: {trouble}. The run ends; the same command goes on from what was saved\n")
         self._end(EXIT_AGAIN)
+
+
+def _of_step(sign: Sign) -> str:
+    return f" of step {sign.step}" if sign.step else ""
 
 
 def read_sign(path: Path) -> Sign | None:
@@ -220,7 +273,7 @@ def is_running(sign: Sign) -> bool:
 
 def clear_signs(folder: Path) -> None:
     """Remove the signs of earlier starts; by rank 0, before the others begin to read."""
-    for path in folder.glob("rank*.json"):
+    for path in (*folder.glob("rank*.json"), folder / ALARM):
         path.unlink(missing_ok=True)
 
 

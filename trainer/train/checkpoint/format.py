@@ -30,6 +30,10 @@ class DamagedCheckpoint(TrimtabError):
     """A checkpoint folder that is not what was published."""
 
 
+class OtherFormat(DamagedCheckpoint):
+    """A checkpoint that another version wrote: nothing says that it is damaged, only this version cannot read it."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
@@ -91,7 +95,8 @@ def verify(path: Path, *, contents: bool = True) -> Manifest:
     """Compare a published checkpoint with its manifest: every byte, or without ``contents`` names and sizes alone.
 
     Raises:
-        DamagedCheckpoint: a file is missing, cut, changed, unreadable or of another format; the message names it.
+        OtherFormat: another version wrote it.
+        DamagedCheckpoint: a file is missing, cut, changed or unreadable; the message names it.
     """
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
@@ -110,19 +115,27 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a published checkpoint; the files it lists are not looked at.
 
     Raises:
-        DamagedCheckpoint: it is missing, changed, of another format or of another step.
+        OtherFormat: another version wrote it.
+        DamagedCheckpoint: it is missing, changed or of another step.
     """
     for part, what in ((path, "it"), (path / "manifest.json", "manifest.json")):
         if part.is_symlink():
             raise damage(path, f"{what} is a link to another place")
     try:
-        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+        raw = (path / "manifest.json").read_bytes()
+        found = msgspec.json.decode(raw, type=_Format).format
+        if found != FORMAT:
+            raise OtherFormat(
+                "checkpoint of another version",
+                where=str(path),
+                got=f"format {found}, and this version reads {FORMAT}",
+                do="it is not used and not deleted; the version that wrote it can read it",
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
     except OSError as fault:
         raise damage(path, f"manifest.json cannot be read ({fault.strerror})") from fault
     except msgspec.DecodeError as fault:
         raise damage(path, f"manifest.json cannot be understood ({fault})") from fault
-    if manifest.format != FORMAT:
-        raise damage(path, f"format {manifest.format}, and this version reads {FORMAT}")
     if manifest.sha256 != digest(replace(manifest, sha256="")):
         raise damage(path, "manifest.json has other contents than were written")
     if checkpoint_path(path.parent, manifest.step) != path:
@@ -145,3 +158,7 @@ def read_index(path: Path) -> Mapping[str, FragmentInfo]:
 def damage(path: Path, what: str) -> DamagedCheckpoint:
     """The error of a checkpoint in which ``what`` was found."""
     return DamagedCheckpoint("damaged checkpoint", where=str(path), got=what, do="it is not used and not deleted")
+
+
+class _Format(msgspec.Struct):
+    format: int

@@ -22,6 +22,7 @@ from trainer.train.checkpoint.format import (
     DamagedCheckpoint,
     FragmentInfo,
     Manifest,
+    OtherFormat,
     checkpoint_path,
     damage,
     published,
@@ -46,12 +47,14 @@ def find_resumable(directory: Path, *, identity: str, base: str, warn: Callable[
         RunError: the newest good one belongs to another run or base model.
     """
     damaged: list[Path] = []
+    kinds = "damaged"
     for path in published(directory):
         try:
             manifest = verify(path)
         except DamagedCheckpoint as fault:
             warn(f"skipping a {fault}")
             damaged.append(path)
+            kinds = "damaged or of another version" if isinstance(fault, OtherFormat) else kinds
             continue
         _refuse_foreign(path, manifest, identity=identity, base=base)
         return Checkpoint(path, manifest)
@@ -59,7 +62,7 @@ def find_resumable(directory: Path, *, identity: str, base: str, warn: Callable[
         raise NeedsPerson(
             "no checkpoint of this run can be trusted",
             where=str(directory),
-            got=f"all {len(damaged)} are damaged: " + ", ".join(path.name for path in damaged),
+            got=f"all {len(damaged)} are {kinds}: " + ", ".join(path.name for path in damaged),
             do="restore one from a backup, or move the folder away to train from the start",
         )
     return None

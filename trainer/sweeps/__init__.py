@@ -1,0 +1,1 @@
+"""Searching settings: one file of a search space, and many runs of it."""

@@ -1,0 +1,125 @@
+"""One trial: an ordinary run in a process of its own, followed through the figures that it writes.
+
+The run knows nothing of the sweep. Its validations are read off ``metrics.jsonl``, as any other onlooker reads them; a
+hopeless one gets SIGTERM and stops in good order. Whatever the process does, dying included, touches no other trial.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer import console
+from trainer.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_STOPPED, EXIT_USER
+from trainer.markers import STAGES, read_marker
+from trainer.paths import RunFolder
+from trainer.records import read_records
+from trainer.sweeps.figures import final_value, validations
+from trainer.sweeps.study import Study
+from trainer_launch.children import Child, start
+
+LOOK_SECONDS = 0.25
+"""How often a trial's figures are looked at."""
+Outcome = Literal["complete", "pruned", "failed", "stopped", "again"]
+"""``stopped``: by the sweep itself; ``again``: it ended without being finished, and may be started again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How one start of a trial ended; ``why`` in words, ``progressed``: it got further than the start before."""
+
+    outcome: Outcome
+    why: str = ""
+    value: float | None = None
+    progressed: bool = False
+
+
+def run_trial(
+    study: Study,
+    number: int,
+    folder: RunFolder,
+    words: Sequence[str],
+    *,
+    metric: str,
+    log: Path,
+    variables: dict[str, str],
+    claim: int,
+    stop: threading.Event,
+) -> Ended:
+    """Start the run of a trial, or start it again in its folder, and follow it to its end.
+
+    ``words``: what means this run; ``variables``: added to its environment; ``claim``: a descriptor that it keeps open;
+    ``stop``: set when the sweep is to end.
+    """
+    before = _progress(folder)
+    ended = threading.Event()
+    child = Child(
+        name=f"trial {number}",
+        arguments=(sys.executable, "-m", "trainer", "run", *words),
+        variables=variables,
+        log=log,
+        shown=False,
+    )
+    # Tied to this thread, which lives as long as the trial: a worker that is killed takes its trial with it.
+    running = start(child, on_line=lambda _: None, on_exit=ended.set, keep_open=(claim,))
+    pruned = told = False
+    while not ended.wait(LOOK_SECONDS):
+        pruned = pruned or _report(study, number, folder, metric)
+        if (pruned or stop.is_set()) and not told:
+            running.process.send_signal(signal.SIGTERM)
+            told = True
+    code = running.process.wait()
+    _report(study, number, folder, metric)
+    return judge(code, folder, metric, log, pruned=pruned, stopped=stop.is_set(), further=_progress(folder) > before)
+
+
+def _report(study: Study, number: int, folder: RunFolder, metric: str) -> bool:
+    """Tell the study of new validations; says whether the trial should end now."""
+    known = len(study.reported(number))
+    figures = validations(folder, metric)
+    for iteration, value in enumerate(figures[known:], start=known + 1):
+        study.report(number, iteration, value)
+        console.note(f"trial {number}: {metric} {value:.6g} at validation {iteration}")
+    return len(figures) > known and study.should_prune(number)
+
+
+def _progress(folder: RunFolder) -> tuple[int, int]:
+    """Finished stages, and steps on record: both only grow from one good start to the next."""
+    stages = sum(read_marker(folder, stage) is not None for stage in STAGES)
+    return stages, len(read_records(folder.metrics_jsonl))
+
+
+def judge(code: int, folder: RunFolder, metric: str, log: Path, *, pruned: bool, stopped: bool, further: bool) -> Ended:
+    """How the start of a trial ended, by its exit code and by what was asked of it.
+
+    ``further``: it got further than the start before.
+    """
+    if code == EXIT_DONE:
+        value = final_value(folder, metric)
+        if value is None:
+            return Ended(outcome="failed", why=f"the run ended well and has no finite {metric}")
+        return Ended(outcome="complete", value=value)
+    if pruned:
+        return Ended(outcome="pruned")
+    if stopped:
+        return Ended(outcome="stopped")
+    if code in (EXIT_USER, EXIT_NEEDS_PERSON):
+        return Ended(outcome="failed", why=f"exit code {code}: {last_error(log)}")
+    if code == EXIT_STOPPED:
+        return Ended(outcome="again", why="stopped in good order by somebody else", progressed=further)
+    if code < 0:
+        return Ended(outcome="again", why=f"ended by {signal.Signals(-code).name}")
+    return Ended(outcome="again", why=f"exit code {code}: {last_error(log)}")
+
+
+def last_error(log: Path) -> str:
+    """The last line of ``log`` that says what was wrong, else its last line."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return f"see {log}"
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else lines[-1] if lines else f"see {log}"
