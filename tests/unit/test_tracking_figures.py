@@ -13,6 +13,8 @@ from trainer.drive import tracked
 from trainer.drive.tracked import require_trackers
 from trainer.errors import ConfigError
 from trainer.gpu import GpuSample
+from trainer.markers import STAGES
+from trainer.plan import stage_inputs
 from trainer.records import GrowingRecords
 from trainer.rules import check
 from trainer.surroundings import has_wandb_login, in_use, wandb_mode
@@ -41,6 +43,15 @@ def test_a_file_that_was_cut_is_read_from_its_beginning(tmp_path: Path) -> None:
     assert records.new() == []
     write_steps(folder, 2)
     assert [record["step"] for record in records.new()] == [1, 2]
+
+
+def test_trackers_are_no_part_of_what_a_run_is(tmp_path: Path) -> None:
+    _, plain = make_run(tmp_path)
+    words = ["tracking=[wandb,tensorboard]", "tracking.tensorboard_dir=events", "tracking.upload=[weights]"]
+    _, tracked_plan = make_run(tmp_path, *words)
+    assert tracked_plan.identity == plain.identity
+    assert [stage_inputs(tracked_plan, stage) for stage in STAGES] == [stage_inputs(plain, stage) for stage in STAGES]
+    assert tracked_plan.config.tracking.tensorboard_dir == str(tmp_path / "events")
 
 
 def test_config_is_told_without_secrets(tmp_path: Path) -> None:
