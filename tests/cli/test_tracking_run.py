@@ -49,7 +49,9 @@ def tracked(server: WandbServer, home: Path, *words: str) -> Ended:
 def test_a_server_killed_in_mid_run_does_nothing_to_the_run_and_gets_each_step_once(untracked: Path) -> None:
     home, words = untracked.parent, [*SMOKE, "run.dir=tracked", "tracking=[wandb,tensorboard]"]
     with WandbServer() as server:
-        killer = threading.Thread(target=lambda: server.wait_for(has_a_row) and server.stop())
+        killer = threading.Thread(
+            target=lambda: server.wait_for(has_a_row, seconds=cli_fixtures.SECONDS) and server.stop()
+        )
         killer.start()
         ended = tracked(server, home, *words, "tracking.finish_seconds=2")
         killer.join()
