@@ -25,7 +25,7 @@ from trainer.errors import EXIT_DONE, StoppedInGoodOrder, UserError, nearest
 from trainer.paths import RunFolder
 from trainer.sweeps.command import do_sweep
 from trainer.sweeps.multirun import do_each
-from trainer.sweeps.words import words_help
+from trainer.sweeps.words import read_words, words_help
 
 USAGE = """\
 python -m trainer [verb] [RUN ...] [overrides]
@@ -52,7 +52,7 @@ Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
-  -m, --multirun     several runs, one after the other: -m optim.lr=1e-4,2e-4; in parallel: sweep -m ...
+  -m, --multirun     a grid of runs: -m optim.lr=1e-4,2e-4 (a sweep, as of the verb sweep; sweep.workers=2: in parallel)
   --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
@@ -256,9 +256,11 @@ def _existing(words: Words, cwd: Path) -> int:
 
 
 def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
-    each = [list(words.overrides)]
+    grid = words.multirun and words.verb == "run" and not words.show_config
+    overrides = read_words(words.overrides).overrides if grid else words.overrides
+    each = [list(overrides)]
     if words.multirun:
-        each = expand_multirun(words.overrides, config_dir=words.config_dir, cwd=cwd)
+        each = expand_multirun(overrides, config_dir=words.config_dir, cwd=cwd)
     configs = [compose(overrides, config_dir=words.config_dir, cwd=cwd) for overrides in each]
     command = shlex.join(["python", "-m", "trainer", *arguments])
 
@@ -274,7 +276,11 @@ def _new(words: Words, arguments: Sequence[str], cwd: Path) -> int:
                 console.say(f"[{number + 1} of {len(each)}] {shlex.join(each[number])}")
             console.say(config_text(config).rstrip())
         return EXIT_DONE
-    return do(0) if len(each) == 1 else do_each(each, configs, do, cwd=cwd)
+    if len(each) == 1:
+        return do(0)
+    if grid and all(config.launch.name == "local" for config in configs):
+        return do_sweep(words.overrides, config_dir=words.config_dir, cwd=cwd, typed=command, multirun=True)
+    return do_each(each, configs, do, cwd=cwd)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

@@ -47,7 +47,9 @@ def test_an_unknown_verb_gets_the_nearest() -> None:
 
     problem = caught.value.problems[0]
     assert (problem.got, problem.do) == ("trian", "did you mean 'train'?")
-    assert problem.allowed.startswith("run, plan, prepare, train, evaluate, export, verify, show, help;")
+    assert problem.allowed.startswith(
+        "run, plan, prepare, train, evaluate, export, verify, show, sweep, agent, sync, help;"
+    )
 
 
 def test_an_experiment_without_its_key_is_explained() -> None:
@@ -137,13 +139,28 @@ def test_a_run_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(command_line, "do_new", pretend)
 
-    assert act(["-m", "+experiment=smoke", "run.seed=1,2,3"], tmp_path) == 2
+    assert act(["plan", "-m", "+experiment=smoke", "run.seed=1,2,3"], tmp_path) == 2
     assert done == [1, 2, 3]
     captured = capsys.readouterr()
     assert "this run folder is in use" in captured.err
     rows = [line.split() for line in captured.out.splitlines() if line.strip().startswith("run.seed=")]
     assert [row[:2] for row in rows] == [["run.seed=1", "2"], ["run.seed=2", "1"], ["run.seed=3", "done"]]
     assert f"{tmp_path}/outputs/smoke/" in captured.out
+
+
+def test_a_grid_of_runs_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], str, bool]] = []
+
+    def pretend(words: list[str], *, config_dir: Path | None, cwd: Path, typed: str, multirun: bool) -> int:
+        asked.append((list(words), typed, multirun))
+        return 75
+
+    monkeypatch.setattr(command_line, "do_sweep", pretend)
+
+    assert act(["-m", "+experiment=smoke", "run.seed=1,2"], tmp_path) == 75
+    assert asked == [
+        (["+experiment=smoke", "run.seed=1,2"], "python -m trainer -m +experiment=smoke run.seed=1,2", True)
+    ]
 
 
 def test_a_run_that_is_stopped_ends_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""``-m a=1,2``: one run after the other, each in its own folder as if it had been typed alone, and a table at the end.
+"""``-m a=1,2`` with another verb than ``run``, or with runs that are jobs: each in turn, as if it were typed alone.
 
-A run that fails does not stop the others: after a night one wants the eleven results that there are. One that is
-stopped (75) ends the row, because whoever stopped it meant all of it. ``sweep -m a=1,2`` does the same combinations in
-parallel, with a journal and retries.
+What trains here is a grid of the sweep (``command.py``), with a journal, workers and retries. A ``plan`` of each
+combination, or the submission of each as a Slurm job of its own, has nothing to search. One that fails does not stop
+the others; one that is stopped (75) ends the row, because whoever stopped it meant all of it.
 """
 
 import shlex

@@ -60,7 +60,7 @@ def words_help() -> str:
     from trainer.schema import field_docs
 
     defaults, docs = msgspec.to_builtins(SweepConfig()), field_docs(SweepConfig)
-    lines = ["", "sweep: " + " ".join((SweepConfig.__doc__ or "").split()) + " For the verb `sweep` alone."]
+    lines = ["", "sweep: " + " ".join((SweepConfig.__doc__ or "").split()) + " For the verb `sweep`, and with -m."]
     for name, hint in field_hints(SweepConfig).items():
         default = msgspec.json.encode(defaults[name]).decode()
         lines += [f"  sweep.{name}={default}  ({describe(hint)})", f"      {docs[name]}"]
