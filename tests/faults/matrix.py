@@ -258,10 +258,12 @@ ROWS = (
     Row(number="22", fault="bad rows", tests=ids("cli/test_bad_data.py")),
     Row(
         number="23",
-        fault="Hub down, slow, 401 (training itself calls nobody)",
+        fault="tracker or Hub down, slow, 401",
         tests=ids(
             """unit/test_sources.py::test_a_commit_in_the_cache_needs_no_hub
-            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub"""
+            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub
+            unit/test_tracking.py
+            cli/test_tracking.py::test_a_server_killed_in_mid_run_does_nothing_to_the_run_and_gets_each_step_once"""
         ),
     ),
     Row(number="24", fault="secrets", tests=ids("cli/test_secrets.py unit/test_redaction.py")),
