@@ -1,4 +1,4 @@
-"""What the result of a run's training depends on: runs of one identity may share a folder, others may not."""
+"""The identity of a run: all that its training depends on, and nothing else: a command finds its run again."""
 
 from dataclasses import asdict
 from typing import Any, cast
@@ -6,9 +6,10 @@ from typing import Any, cast
 from trainer.config import Config
 from trainer.fingerprint import digest
 from trainer.layout import batch_packs
+from trainer.rules.added_tokens import added_tokens
 
 FORMAT = 1
-"""Of plan.json, and of what runs are told apart by."""
+"""Counted up when what a run does changes, so that an old one is not continued as if it were a new one."""
 
 
 def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any]:
@@ -72,12 +73,6 @@ def _selection(config: Config) -> dict[str, Any]:
     if evaluation.metric != "loss":
         parts |= {"generate_rows": evaluation.generate_rows, "max_new_tokens": config.task.max_new_tokens}
     return parts
-
-
-def added_tokens(config: Config) -> dict[str, Any]:
-    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
-    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
-    return {name: tokens for name, tokens in both.items() if tokens}
 
 
 def identity_of(config: Config, of_model: str, of_data: str) -> str:

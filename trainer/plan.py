@@ -30,8 +30,8 @@ from trainer.fitting import (
 )
 from trainer.host_memory import SavingRoom, saving_room
 from trainer.identity import FORMAT as FORMAT
-from trainer.identity import added_tokens, identity_of, identity_parts
 from trainer.identity import flatten as flatten
+from trainer.identity import identity_of, identity_parts
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
@@ -39,6 +39,7 @@ from trainer.layout import layer_problems, plan_layout, ranks_here
 from trainer.markers import STAGES
 from trainer.memory import MemoryEstimate, ModelShape, StrategyName
 from trainer.rules import check as check
+from trainer.rules.added_tokens import added_tokens
 from trainer_launch.zero import ZeroSpec
 
 

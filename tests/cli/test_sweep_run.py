@@ -1,4 +1,4 @@
-"""Sweeps as a user types them: real trials of the smoke experiment, one killed, one pruned, stopped and continued."""
+"""Sweeps as a user types them: real trials of the smoke experiment, one killed, one pruned, stopped and resumed."""
 
 import csv
 import json

@@ -14,10 +14,12 @@ from cli_fixtures import ENVIRONMENT, SECONDS
 from wandb_server import KEY, WandbServer
 
 from trainer.drive.trial import SWEEPS, Trial, read_trial
+from trainer.markers import read_marker
 from trainer.paths import RunFolder
 
 FAST = ("launch.threads=1", "run.root=runs")
 TRIALS = 6
+pytestmark = pytest.mark.campaign
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def trial(cwd: Path, run: str) -> Trial | None:
 
 
 def has_steps(server: WandbServer, run: str, count: int) -> bool:
-    return len([row for row in server.runs[run].rows if "loss" in row]) >= count
+    return len([row for row in server.runs[run].rows if "train/loss" in row]) >= count
 
 
 def folders(cwd: Path) -> Callable[[str], RunFolder]:
@@ -84,11 +86,13 @@ def test_six_trials_of_which_one_is_killed(server: WandbServer, tmp_path: Path) 
     for run in sweep.runs:
         left, arrived = trial(tmp_path, run), server.runs[run]
         assert left is not None
-        assert (left.code, arrived.state) == ((None, "crashed") if run == killed else (0, "finished")), run
+        assert (left.code, arrived.state) == ((None, "failed") if run == killed else (0, "finished")), run
         if run != killed:
-            figures = [json.loads(line) for line in folders(tmp_path)(run).metrics_jsonl.read_text().splitlines()]
-            measured = [figure["val_loss"] for figure in figures if "val_loss" in figure]
-            assert arrived.summary["val_loss"] == measured[-1]
+            marker = read_marker(folders(tmp_path)(run), "train")
+            assert marker is not None
+            assert arrived.summary["val_loss"] == marker.summary["best_loss"]
+            assert any("val_loss" in row for row in arrived.rows)  # what hyperband looks at
+            assert "test_accuracy" in arrived.summary
     assert server.unknown == []
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(KEY.encode() in content for content in everything)
@@ -116,7 +120,7 @@ def test_a_trial_goes_on_under_its_run_and_one_that_the_sweep_stops_is_over(
     assert "continuing after step" in said
     arrived = server.runs[run]
     assert arrived.state == "finished"
-    assert [row["_step"] for row in arrived.rows if "loss" in row] == list(range(1, 41))
+    assert [row["_step"] for row in arrived.rows if "train/loss" in row] == list(range(1, 41))
     second = start(server, tmp_path, *agent)
     server.wait_for(lambda it: len(sweep.runs) == 2 and has_steps(it, sweep.runs[1], 2), seconds=SECONDS)
     server.stopping.add(sweep.runs[1])

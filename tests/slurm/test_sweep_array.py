@@ -16,7 +16,14 @@ from trainer.paths import RunFolder, shipped_slurm
 from trainer_launch import slurm
 
 STEPS = 24
-SETTINGS = ("+experiment=smoke", "export=none", f"optim.max_steps={STEPS}", "eval.every=12", "launch.threads=1")
+SETTINGS = (
+    "+experiment=smoke",
+    "export=none",
+    "tracking=wandb",
+    f"optim.max_steps={STEPS}",
+    "eval.every=12",
+    "launch.threads=1",
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,16 @@ def goes_through(lab: Cluster, array: Array, trials: int) -> None:
     assert [array.ended(task) for task in range(1, trials + 1)] == [[0]] * (trials - 1) + [[75, 0]]
     assert [array.steps(task) for task in range(1, trials + 1)] == [STEPS] * trials
     assert Path(stopped.folder).name == stopped.run
+    for task in range(1, trials + 1):
+        arrived = array.server.runs[array.trial(task).run]
+        assert arrived.state == "finished"
+        assert [row["_step"] for row in arrived.rows if "train/loss" in row] == list(range(1, STEPS + 1))
     log = (array.tasks.parents[4] / f"sweep-{array.job}_{trials}.log").read_text()
     assert f"the trial goes on: W&B run {stopped.run}" in log
     assert "continuing after step" in log
 
 
+@pytest.mark.campaign
 def test_a_stopped_task_goes_on_with_its_own_trial(
     lab: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from wandb_server import WandbServer
 from trainer.compose import compose
 from trainer.errors import ConfigError, Problem, RunError
 from trainer.paths import shipped_conf
+from trainer.sweeps.array import words_in_a_task
 from trainer.sweeps.distributions import read_parameter
 from trainer.sweeps.registration import (
     Registered,
@@ -27,6 +28,9 @@ from trainer.sweeps.registration import (
     require_wandb_can,
 )
 from trainer.sweeps.space import parse_sweep
+from trainer.sweeps.with_wandb import start_with_wandb
+from trainer.sweeps.words import read_words
+from trainer.tracking.figures import as_in_sweep_files, row_of
 
 SHIPPED = sorted((shipped_conf() / "sweep").glob("*.yaml"))
 SIGNS = "ab1.,=[]{}'\"\\$() :@/-#~+%\t"
@@ -183,3 +187,98 @@ def test_the_reason_is_the_line_that_says_it() -> None:
     assert reason(said) == "Error: Sweep a/b/c not found"
     assert reason("\n") == "no words"
     assert Registered("me/demo/sw1", "").id == "sw1"
+
+
+# -- the verb ------------------------------------------------------------------------------------------------------
+
+SLURM = ("launch=slurm", "launch.gres=gpu:2", "launch.time=4:00:00", "launch.prolog=['module load cuda']")
+
+
+def sweep(cwd: Path, *words: str) -> int:
+    asked = read_words(["+experiment=smoke", "sweep.engine=wandb", *words])
+    return start_with_wandb(asked, config_dir=None, cwd=cwd)
+
+
+def file(cwd: Path, **changed: object) -> str:
+    """The shipped space, changed, as a file of ``cwd``."""
+    body = yaml.safe_load((shipped_conf() / "sweep" / "smoke.yaml").read_text())
+    (cwd / "mine.yaml").write_text(yaml.safe_dump({**body, **changed}))
+    return "sweep=mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "said"),
+    [
+        ({"parameters": {"optim.lrr": {"values": [1.0]}}}, (), "did you mean 'lr'?"),
+        ({"parameters": {"run.time_limit": {"values": [None, 1]}}}, (), "null cannot be swept"),
+        ({"metric": {"name": "val_acuracy"}}, (), "the run never reports this figure"),
+        ({}, ("optim.lrr=1",), "did you mean 'optim.lr'?"),
+        ({}, ("sweep.pruner=median",), "sweep.pruner: has no effect with sweep.engine=wandb"),
+        ({}, ("tracking.wandb_mode=offline",), "a sweep of W&B needs its server"),
+        ({}, ("run.dir=here",), "would be the same for all trials"),
+        ({}, (*SLURM, "launch.nodes=2"), "a trial of an array is on one machine"),
+        ({}, (*SLURM, "launch.container=[apptainer]"), "has no effect on the tasks of a sweep"),
+        ({"run_cap": None}, SLURM, "an array has a number of tasks"),
+    ],
+)
+def test_nothing_is_registered_that_would_fail(
+    server: WandbServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, object],
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    sbatch(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError) as refused:
+        sweep(tmp_path, file(tmp_path, **changed), *words)
+    assert said in str(refused.value)
+    assert server.requests == []
+
+
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An sbatch that takes everything."""
+    tool = tmp_path / "bin" / "sbatch"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 4711\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+
+
+def test_an_array_of_trials_is_submitted(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(tmp_path, monkeypatch)
+    assert sweep(tmp_path, "sweep=smoke", "sweep.trials=6", "sweep.workers=2", *SLURM, "launch.processes=2") == 0
+    ((name, made),) = server.sweeps.items()
+    command = made.config["command"]
+    assert "launch.processes=2" in command
+    assert not any(word.startswith(("launch=", "launch.gres", "launch.time", "launch.prolog")) for word in command)
+    assert made.config["run_cap"] == 6
+    script = (tmp_path / "outputs" / "sweeps" / "wandb" / name / "array.sbatch").read_text().splitlines()
+    logs = tmp_path / "outputs" / "sweeps" / "wandb" / name / "logs"
+    for line in ("array=1-6%2", "gres=gpu:2", "time=4:00:00", "signal=USR1@120", f"output={logs}/task-%A_%a.log"):
+        assert f"#SBATCH --{line}" in script
+    assert "module load cuda" in script
+    assert script[-1].endswith(f"-m trainer agent loopback/trimtab/{name}")
+    out = capsys.readouterr().out
+    assert "submitted array 4711: 6 tasks, a trial each" in out
+    assert f"tail -F {logs}/task-4711_*.log" in out
+
+
+def test_a_trial_in_a_task_is_started_on_the_spot() -> None:
+    words = ["+experiment=smoke", "launch=slurm", "launch.gres=gpu:2", "optim.lr=1"]
+    launch = compose([*words[:3], "launch.device=cuda", "launch.grace=60"], config_dir=None, cwd=Path.cwd()).launch
+    assert words_in_a_task(words, launch) == [
+        "+experiment=smoke",
+        "optim.lr=1",
+        "launch.device=cuda",
+        "launch.grace=60",
+    ]
+
+
+def test_figures_have_the_names_of_sweep_files() -> None:
+    row = row_of({"step": 3, "loss": 1.0, "val_loss": 0.5, "val_accuracy": 0.25})
+    assert as_in_sweep_files(row) == {"val_loss": 0.5, "val_accuracy": 0.25}
+    summary = {"best/loss": 0.4, "best/step": 3.0, "test/tuned/accuracy": 0.9, "test/tuned/rows": 40.0}
+    assert as_in_sweep_files({**summary, "test/zero_shot/accuracy": 0.1}) == {"val_loss": 0.4, "test_accuracy": 0.9}

@@ -17,9 +17,8 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.console import say
 from trainer.errors import ModelError
@@ -96,7 +95,8 @@ def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], special: Seq
             do="remove it",
         )
     tokenizer.add_tokens(list(tokens))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
+    control: list[str | AddedToken] = [AddedToken(token, special=True, normalized=False) for token in special]
+    tokenizer.add_tokens(control, special_tokens=True)
     return [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (*tokens, *special)]
 
 

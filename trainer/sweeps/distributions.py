@@ -155,9 +155,13 @@ def _unwritable(name: str, value: object, where: str) -> Problem | None:
         return Problem(what="has no form on a command line", where=where, got=str(value), do=do)
     if isinstance(value, float) and not math.isfinite(value):
         return Problem(what="is no finite number", where=where, got=str(value), do="a number")
+    quoted = isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    written = str(value).replace("\\'", "") if quoted or isinstance(value, list) else str(value)
+    if "\\" in written:
+        do = "a value without backslashes, except before a quote inside quotes"
+        return Problem(what="has a backslash, which Hydra would take for its own", where=where, got=str(value), do=do)
     if not isinstance(value, str):
         return None
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     for sign, meaning in (
         ("=", "a second assignment"),
         (",", "several values"),

@@ -47,7 +47,8 @@ def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path, m
     body = cast("Mapping[str, Any]", yaml.safe_load(path.read_text(encoding="utf-8")))
     text = registered_text(body, space, fixed, trials, config_dir=config_dir)
     owner = config.tracking
-    made = register(text, cwd / SWEEPS, entity=owner.entity, project=str(body.get("project") or owner.project))
+    entity, project = body.get("entity") or owner.entity, body.get("project") or owner.project
+    made = register(text, cwd / SWEEPS, entity=entity, project=project)
     how_many = "no end" if trials is None else f"{trials} trials"
     console.say(f"registered sweep {made.sweep} ({space.name}: {space.method}, {space.metric.name}, {how_many})")
     for warning in made.warnings:

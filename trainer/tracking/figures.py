@@ -35,6 +35,19 @@ def row_of(record: Record) -> dict[str, float]:
     return row
 
 
+def as_in_sweep_files(figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``figures`` (a row or a summary) that a sweep may be judged by, as its file calls them.
+
+    ``val_loss`` of a row is that of its step; of a summary, that of the best checkpoint, as for any other sweep.
+    """
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        for prefix, own in (("val/", "val_"), ("best/", "val_"), ("test/tuned/", "test_")):
+            if name.startswith(prefix) and name not in ("best/step", "test/tuned/rows"):
+                found[own + name.removeprefix(prefix)] = value
+    return found
+
+
 def _numbers(record: Mapping[str, object]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):

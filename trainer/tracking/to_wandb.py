@@ -13,6 +13,7 @@ from typing import Any, Literal
 import wandb
 
 from trainer.errors import EXIT_STOPPED
+from trainer.tracking.figures import as_in_sweep_files
 from trainer.tracking.sink import Facts
 from trainer.tracking.texts import COLUMNS, Table, Weights
 
@@ -85,14 +86,20 @@ class WandbSink:
         return self._last
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Add the figures of a step."""
-        self._run.log(dict(row), step=step, commit=True)
+        """Add the figures of a step; in a sweep also by the names of its file."""
+        judged = as_in_sweep_files(row) if self._run.sweep_id else {}
+        self._run.log({**row, **judged}, step=step, commit=True)
         self._last = step
 
     def finish(self, facts: Facts) -> None:
-        """Tell the facts and wait until the client has sent what it has; stopped runs count as preempted."""
+        """Tell the facts and wait until the client has sent what it has.
+
+        Stopped runs count as preempted, but not those of a sweep: W&B would give these to the next agent that asks,
+        while their own task goes on with them, or after the sweep itself has stopped them.
+        """
         run = self._run
-        run.summary.update(dict(facts.summary))
+        judged = as_in_sweep_files(facts.summary) if run.sweep_id else {}
+        run.summary.update({**facts.summary, **judged})
         if facts.lineage:
             run.config.update({"lineage": dict(facts.lineage)}, allow_val_change=True)
         for table in facts.fresh_tables():
@@ -100,7 +107,7 @@ class WandbSink:
         weights = facts.fresh_weights()
         if weights is not None:
             run.log_artifact(self._weights(weights), aliases=["best"])
-        if facts.code == EXIT_STOPPED:
+        if facts.code == EXIT_STOPPED and not run.sweep_id:
             run.mark_preempting()
         run.finish(exit_code=facts.code)
         if self._mode == "offline":
