@@ -18,8 +18,6 @@ from typing import IO
 from trainer_launch import leash
 from trainer_launch.command import without_foreign
 
-APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
@@ -65,7 +63,7 @@ def start(
     environment, _ = without_foreign(os.environ)  # noqa: TID251
     child.log.parent.mkdir(parents=True, exist_ok=True)
     # With a buffer, closing it on a full disk would fail once more. A link would send a run's words elsewhere.
-    log = FileIO(os.open(child.log, APPENDED, 0o666), "ab")
+    log = FileIO(child.log, "ab", opener=_without_links)
     stamp = datetime.now().astimezone().isoformat(timespec="seconds")
     log.write(f"=== {stamp} {child.name}: {shlex.join(child.arguments)}\n".encode())
     log_start = log.tell()
@@ -106,6 +104,10 @@ def _read(pipe: IO[bytes], log: FileIO, prefix: str, on_line: Callable[[str], No
 def _wait(pid: int, on_exit: Callable[[], None]) -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     on_exit()
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def kill_session(pid: int) -> None:

@@ -208,15 +208,19 @@ ROWS = (
         tests=ids("unit/test_loop.py::test_a_second_start_after_the_end_does_nothing"),
     ),
     Row(
-        number="16",
-        fault="two generations alive; a partition of the network that heals",
+        number="16a",
+        fault="two generations alive",
         tests=ids(
             """distributed/test_faults.py::test_an_old_process_that_wakes_up_harms_nothing
-            slurm/test_partition.py
             unit/test_saving.py::test_an_old_generation_cannot_publish
             unit/test_saving.py::test_an_old_generation_cannot_delete
             unit/test_metrics.py::test_a_process_that_was_overtaken_writes_nothing_into_the_new_file"""
         ),
+    ),
+    Row(
+        number="16b",
+        fault="a node's network cut and healed, the run's lock not holding",
+        tests=ids("slurm/test_partition.py"),
     ),
     Row(
         number="17",
@@ -231,13 +235,18 @@ ROWS = (
         ),
     ),
     Row(
-        number="18",
-        fault="frozen rank in any stage, a collective that never returns",
+        number="18a",
+        fault="frozen rank in training, a collective that never returns",
         tests=ids(
             """distributed/test_faults.py::test_a_frozen_rank_is_named_and_all_stacks_are_written
             distributed/test_faults.py::test_a_collective_that_never_returns_is_a_hang_though_all_ranks_live
-            proofs/test_hangs.py unit/test_watchdog.py"""
+            unit/test_watchdog.py"""
         ),
+    ),
+    Row(
+        number="18b",
+        fault="rank frozen in loading, baseline, evaluation, export",
+        tests=ids("proofs/test_hangs.py"),
     ),
     Row(number="19", fault="a rank raises, is killed, leaves", tests=ids("unit/test_launch_node.py")),
     Row(
@@ -258,10 +267,12 @@ ROWS = (
     Row(number="22", fault="bad rows", tests=ids("cli/test_bad_data.py")),
     Row(
         number="23",
-        fault="Hub down, slow, 401 (training itself calls nobody)",
+        fault="tracker or Hub down, slow, 401",
         tests=ids(
             """unit/test_sources.py::test_a_commit_in_the_cache_needs_no_hub
-            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub"""
+            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub
+            unit/test_tracking.py
+            cli/test_tracking.py::test_a_server_killed_in_mid_run_does_nothing_to_the_run_and_gets_each_step_once"""
         ),
     ),
     Row(number="24", fault="secrets", tests=ids("cli/test_secrets.py unit/test_redaction.py")),

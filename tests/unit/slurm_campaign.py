@@ -25,6 +25,8 @@ STEPS_PER_KILL = 16
 LONG_STEPS = ("optim.batch_packs=8", "eval.every=24", "checkpoint.every=4")
 LONGEST_START = 15.0
 """Seconds after which a start that is killed blindly is killed at the latest."""
+END_PATIENCE = 3600.0
+"""Seconds in which the run has to end after the last kill; on a busy machine a step takes a second."""
 PATIENCE = 300.0
 """Seconds in which the run has to go on after a kill."""
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
@@ -69,9 +71,11 @@ class Campaign:
         began = steps(self.run)
         goal = began + self.chance.randint(1, 8) if number % 2 else 0
         after = self.chance.uniform(0.0, 1.0 if number % 2 else LONGEST_START)
+        enough = began + STEPS_PER_KILL // 2
         try:
             until(lambda: (self._has_begun() and steps(self.run) >= goal) or self._is_over(), name, PATIENCE)
-            time.sleep(after)
+            due = time.monotonic() + after
+            until(lambda: time.monotonic() >= due or steps(self.run) > enough or self._is_over(), name, PATIENCE)
             if self._is_over():
                 return self._came_too_late(name)
             restarts, at, saved = self.lab.field(self.job, "Restarts"), steps(self.run), self._saved()
@@ -106,7 +110,7 @@ class Campaign:
     def finish(self) -> Point:
         """Let the run end, and compare its weights with those of an undisturbed one."""
         try:
-            until(lambda: self._state() == "COMPLETED", "the run is finished", 2 * PATIENCE)
+            until(lambda: self._state() == "COMPLETED", "the run is finished", END_PATIENCE)
         except AssertionError as fault:
             return Point("the end", f"{fault}; {self._last_words()}")
         straight = RunFolder(self.cwd / "straight")
@@ -203,5 +207,5 @@ def run_campaign(
         points.append(campaign.strike(number))
         tell(f"{points[-1].what}{': ' if points[-1].problem else ''}{points[-1].problem}")
     points.append(campaign.finish())
-    tell(f"{points[-1].what}: the command was typed {campaign.typed} times{points[-1].problem}")
+    tell(f"{points[-1].what}: the command was typed {campaign.typed} times; {points[-1].problem or 'the same'}")
     return points
