@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trainer.ledger import Spell, append
+from trainer.ledger import Meter, Spell, append
 from trainer.power import GpuMeter, Sockets
 
 BETWEEN = "start"
 """What a process does outside of the stages: starting, loading, waiting for the others."""
 EVERY = 30.0
 """Seconds between two lines."""
+MOMENT = 1e-3
+"""Seconds that are not worth a line; they count to what comes next."""
 
 
 class Book:
@@ -30,6 +32,7 @@ class Book:
         sockets: of this machine, for the one process on it that tells their energy; ``told_by_another``: another
             process does, so that this one has 0 to add.
         cpu_seconds: CPU time so far of what is counted.
+        lived: seconds that this process had lived and held its GPU before; its CPU time until now belongs to them.
         now: the clock, in seconds.
         warn: told once that a line could not be written.
         every: seconds between two lines; None: none but those at the ends of stages.
@@ -45,6 +48,7 @@ class Book:
         sockets: Sockets | None = None,
         told_by_another: bool = False,
         cpu_seconds: Callable[[], float] = time.process_time,
+        lived: float = 0.0,
         now: Callable[[], float] = time.monotonic,
         warn: Callable[[str], None] = lambda _: None,
         every: float | None = EVERY,
@@ -54,9 +58,9 @@ class Book:
         self._cpu_seconds, self._now, self._warn = cpu_seconds, now, warn
         self._began = datetime.now(UTC).isoformat(timespec="microseconds")
         self._stage, self._since, self._cpu = BETWEEN, now(), cpu_seconds()
-        self._waiting: list[Spell] = []
-        self._warned = False
         self._lock = threading.Lock()
+        self._waiting = [self._line(lived, self._cpu, None, "", None)] if lived else list[Spell]()
+        self._warned = False
         self._closed = threading.Event()
         if every is not None:
             threading.Thread(target=self._write_often, args=(every,), name="ledger", daemon=True).start()
@@ -86,7 +90,8 @@ class Book:
                 self._write()
 
     def _write(self) -> None:
-        self._waiting.append(self._spell())
+        if self._now() - self._since >= MOMENT:
+            self._waiting.append(self._spell())
         try:
             while self._waiting:
                 append(self._path, self._waiting[0])
@@ -101,6 +106,12 @@ class Book:
         seconds, used = now - self._since, cpu - self._cpu
         self._since, self._cpu = now, cpu
         joules, meter = (None, "") if self._meter is None else self._meter.used(seconds)
+        of_sockets = None if self._sockets is None else self._sockets.used()
+        return self._line(seconds, used, joules, meter, 0.0 if self._told_by_another else of_sockets)
+
+    def _line(
+        self, seconds: float, core_seconds: float, gpu_joules: float | None, meter: Meter, cpu_joules: float | None
+    ) -> Spell:
         return Spell(
             stage=self._stage,
             began=self._began,
@@ -108,8 +119,8 @@ class Book:
             seconds=seconds,
             gpus=1 if self._gpu else 0,
             gpu=self._gpu,
-            core_seconds=used,
-            gpu_joules=joules,
+            core_seconds=core_seconds,
+            gpu_joules=gpu_joules,
             gpu_meter=meter,
-            cpu_joules=0.0 if self._told_by_another else None if self._sockets is None else self._sockets.used(),
+            cpu_joules=cpu_joules,
         )

@@ -6,8 +6,11 @@ One place for names, because people script against them. Nothing here reads or u
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+"""With the mode 0666, of which the kernel takes away what the user's umask says; asking for the umask would change it
+for an instant, in which another thread might make a file."""
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
 
@@ -42,21 +45,28 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-        partial = Path(handle.name)
-        try:
+    partial = path.with_name(f".{path.name}.{token_hex(8)}")
+    try:
+        with os.fdopen(os.open(partial, NEW_FILE, 0o666), "wb") as handle:
             handle.write(raw)
             handle.flush()
             os.fsync(handle.fileno())
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-    # NamedTemporaryFile makes 0600; a run folder is shared with a group on clusters, so the user's umask decides.
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o666 & ~mask)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
     fsync_directory(path.parent)
+
+
+def fresh_folder(parent: Path, prefix: str) -> Path:
+    """Make a folder in ``parent`` under a name that nobody could prepare; the user's umask decides who may read it.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    folder = parent / f"{prefix}{token_hex(8)}"
+    folder.mkdir()
+    return folder
 
 
 def fsync_file(path: Path) -> None:

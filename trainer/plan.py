@@ -4,9 +4,9 @@ Also the identity of a run: ten hex digits of everything its training depends on
 therefore finds its run again, on another machine too, and a run is never continued with other data or settings.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,16 +29,18 @@ from trainer.fitting import (
     zero_of,
 )
 from trainer.host_memory import SavingRoom, saving_room
+from trainer.identity import FORMAT as FORMAT
+from trainer.identity import flatten as flatten
+from trainer.identity import identity_of, identity_parts
 from trainer.imagined import contradictions, counted_on
 from trainer.inputs import absolute_paths, data_fingerprint, input_problems, model_fingerprint, model_shape
 from trainer.layout import Devices as Devices
-from trainer.layout import batch_packs, layer_problems, plan_layout, ranks_here
+from trainer.layout import layer_problems, plan_layout, ranks_here
 from trainer.markers import STAGES
 from trainer.memory import MemoryEstimate, ModelShape, StrategyName
 from trainer.rules import check as check
+from trainer.rules.added_tokens import added_tokens
 from trainer_launch.zero import ZeroSpec
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,80 +232,6 @@ def estimate_memory(plan: RunPlan, dtype: str | None = None) -> MemoryEstimate |
 # ---- identity
 
 
-def identity_parts(config: Config, of_model: str, of_data: str) -> dict[str, Any]:
-    """Return everything that the result of training depends on, as plain values.
-
-    Left out on purpose: where and how it runs (parallel, launch, ``model.activation_checkpointing``,
-    ``model.compile``, cache and run folder), what happens afterwards (export, baselines, ``eval.max_loss``,
-    ``data.max_test_rows``, result slices), what only guards it (guard, checkpoint, ``data.max_dropped_share``), and the
-    code. Kept of ``eval`` is what chooses the best checkpoint or ends training early: another ``eval.metric`` or
-    ``eval.patience`` is another result.
-    Fields that have no effect beside others are left out as well, so that they cannot split one run in two.
-    """
-    sections = cast("dict[str, dict[str, Any]]", asdict(config))
-    model, data, method, optim = sections["model"], sections["data"], sections["method"], sections["optim"]
-    dropped = [
-        "train",
-        "validation",
-        "test",
-        "mixture",
-        "revision",
-        "slice_columns",
-        "max_test_rows",
-        "max_dropped_share",
-    ]
-    if config.data.over_long != "split":
-        dropped.append("split_overlap")
-    lora = config.method.name == "lora"
-    silent = [
-        "adapter",
-        *(["quantize"] if config.method.quantize is None else []),
-    ]  # null: the runs of before there was it
-    of_method = [name for name in method if name not in silent and name.startswith("freeze_") != lora]
-    return {
-        "format": FORMAT,
-        "model": {
-            "content": of_model,
-            **{name: model[name] for name in ("dtype", "trust_remote_code")},
-            **added_tokens(config),
-        },
-        "data": {"content": of_data, **{name: value for name, value in data.items() if name not in dropped}},
-        "task": {"name": config.task.name, "labels": config.task.labels},
-        "method": {name: method[name] for name in of_method},
-        "optim": {
-            **{name: value for name, value in optim.items() if name not in ("batch_packs", "batch_tokens")},
-            "batch_packs": batch_packs(config),
-        },
-        "packing": sections["packing"],
-        "eval": _selection(config),
-        "run": {"seed": config.run.seed},
-    }
-
-
-def _selection(config: Config) -> dict[str, Any]:
-    """Return what chooses the best checkpoint and the end of training."""
-    evaluation = config.eval
-    parts: dict[str, Any] = {"every": evaluation.every, "metric": evaluation.metric}
-    if evaluation.patience is not None:
-        parts |= {"patience": evaluation.patience}
-    if evaluation.min_improvement:
-        parts |= {"min_improvement": evaluation.min_improvement}
-    if evaluation.metric != "loss":
-        parts |= {"generate_rows": evaluation.generate_rows, "max_new_tokens": config.task.max_new_tokens}
-    return parts
-
-
-def added_tokens(config: Config) -> dict[str, Any]:
-    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
-    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
-    return {name: tokens for name, tokens in both.items() if tokens}
-
-
-def identity_of(config: Config, of_model: str, of_data: str) -> str:
-    """Return the first ten hex digits of the digest of ``identity_parts``."""
-    return digest(identity_parts(config, of_model, of_data))[:10]
-
-
 def flat_identity(plan: RunPlan) -> dict[str, Any]:
     """Return everything that the result of a run's training depends on, by its dotted name: ``optim.lr``."""
     return flatten(identity_parts(plan.config, plan.model_fingerprint, plan.data_fingerprint))
@@ -318,17 +246,6 @@ def identity_diff(old: RunPlan, new: RunPlan) -> list[str]:
         for name in names
         if before.get(name) != after.get(name)
     ]
-
-
-def flatten(parts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested ``parts`` by their dotted names; the pairs of ``columns`` are one value."""
-    flat: dict[str, Any] = {}
-    for name, value in parts.items():
-        if isinstance(value, dict) and name != "columns":
-            flat |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _short(value: object) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import mkdtemp
 
 import msgspec
 import torch
@@ -41,7 +40,7 @@ from trainer.markers import Marker, write_marker
 from trainer.memory import folder_shape
 from trainer.model.added_tokens import with_added_tokens
 from trainer.model.load import load_tokenizer, matmul_shape, read_config, resolve_base, resolve_dtype
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, fresh_folder, write_atomic
 from trainer.plan import RunPlan, load_plan, stage_inputs
 from trainer.samples import BaseModel, Prepared
 from trainer_kernels import TokenArena
@@ -245,9 +244,8 @@ def _save_tokenizer(
     if context is not None:
         tokenizer.model_max_length = context
     final = _tokenizer_folder(folder)
-    stage = Path(mkdtemp(dir=folder.root, prefix=".tokenizer."))
+    stage = fresh_folder(folder.root, ".tokenizer.")
     try:
-        stage.chmod(0o755)
         tokenizer.save_pretrained(stage)
         shutil.rmtree(final, ignore_errors=True)
         stage.rename(final)

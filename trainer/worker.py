@@ -30,7 +30,7 @@ from trainer.rank.model import (
     trained_loss,
     whole_model,
 )
-from trainer.rank.sliced import Skeleton, loading, sharded_loss, skeleton
+from trainer.rank.sliced import Skeleton, loading, say_peaks, sharded_loss, skeleton
 from trainer.rank.spending import open_book
 from trainer.rank.testing import check_gate, evaluate_on_test
 from trainer.rank.training import best_checkpoint, do_training
@@ -112,6 +112,7 @@ def do_stages(job: Job, todo: Sequence[str]) -> None:
             if whole is not None:
                 summary |= cost_of_quantising(job, loss, whole)
                 summary |= write_exports(job, whole)
+        say_peaks(job)
 
 
 def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | None:

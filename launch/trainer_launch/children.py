@@ -18,6 +18,8 @@ from typing import IO
 from trainer_launch import leash
 from trainer_launch.command import without_foreign
 
+APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
@@ -62,7 +64,8 @@ def start(
     """
     environment, _ = without_foreign(os.environ)  # noqa: TID251
     child.log.parent.mkdir(parents=True, exist_ok=True)
-    log = child.log.open("ab", buffering=0)  # with a buffer, closing it on a full disk would fail once more
+    # With a buffer, closing it on a full disk would fail once more. A link would send a run's words elsewhere.
+    log = FileIO(os.open(child.log, APPENDED, 0o666), "ab")
     stamp = datetime.now().astimezone().isoformat(timespec="seconds")
     log.write(f"=== {stamp} {child.name}: {shlex.join(child.arguments)}\n".encode())
     log_start = log.tell()

@@ -5,21 +5,7 @@ from unittest.mock import patch
 
 import cli_fixtures
 import pytest
-from cli_fixtures import trainer
-
-CANARIES = {
-    "HF_TOKEN": "hf_CanaryCanaryCanaryCanaryCanary0001",
-    "WANDB_API_KEY": "0ca4a41e50ca4a41e50ca4a41e50ca4a41e50002",
-    "AWS_SECRET_ACCESS_KEY": "CanaryCanary/CanaryCanary+Canary00000003",
-    "MY_DATABASE_PASSWORD": "canary-canary-0004",
-}
-
-
-def places_of(secret: str, folder: Path) -> list[str]:
-    """Files below ``folder`` that hold ``secret``, in their bytes or their name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert files
-    return [str(path) for path in files if secret.encode() in path.read_bytes() or secret in path.name]
+from cli_fixtures import CANARIES, places_of, trainer
 
 
 def test_no_file_of_a_run_and_no_line_of_it_holds_a_secret(tmp_path: Path) -> None:

@@ -5,16 +5,29 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_fixtures import Run, finish, read_metrics, run_ranks, start, train_run, wait_until_paused, with_data
+from train_fixtures import (
+    Run,
+    finish,
+    read_metrics,
+    run_ranks,
+    start,
+    start_calls,
+    train_run,
+    wait_until_paused,
+    with_data,
+)
 
-from trainer.distributed.ranks import start_ranks
+from trainer.distributed.ranks import Ranks, start_ranks
 from trainer.train.checkpoint.format import published, verify
 from trainer.train.guard import NonFiniteAction
+from trainer.train.watchdog import Watchdog
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:
@@ -88,3 +101,27 @@ def test_a_frozen_rank_is_named_and_all_stacks_are_written(tmp_path: Path, data:
     assert ": frozen or dead. The run ends; the same command goes on" in output
     for rank in (first, frozen):
         assert "train_step" in rank.log.read_text(), "its stack"
+
+
+def wait_for_what_never_comes(folder: Path, ranks: Ranks) -> None:
+    """Rank 0 waits for all, rank 1 for nobody: both live, and neither does anything."""
+    watchdog = Watchdog(folder / "signs", ranks.rank, ranks.world_size, timeout=5.0)
+    watchdog.enter("stage export", 0)
+    with watchdog.watching():
+        if ranks.is_first:
+            ranks.barrier()
+        else:
+            Event().wait()
+
+
+def test_a_collective_that_never_returns_is_a_hang_though_all_ranks_live(tmp_path: Path) -> None:
+    ranks = start_calls(partial(wait_for_what_never_comes, tmp_path), tmp_path, 2)
+    for rank in ranks:
+        rank.process.join(120)
+        rank.process.kill()
+    ended = [rank.log.read_text() for rank in ranks]
+    assert 74 in [rank.process.exitcode for rank in ranks], ended
+    assert any(
+        "error: nothing has moved for 5 s: all ranks are in 'stage export'. The run ends" in log for log in ended
+    )
+    assert all("wait_for_what_never_comes" in log for log in ended), "both stacks"

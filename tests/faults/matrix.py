@@ -209,9 +209,10 @@ ROWS = (
     ),
     Row(
         number="16",
-        fault="two generations alive",
+        fault="two generations alive; a partition of the network that heals",
         tests=ids(
             """distributed/test_faults.py::test_an_old_process_that_wakes_up_harms_nothing
+            slurm/test_partition.py
             unit/test_saving.py::test_an_old_generation_cannot_publish
             unit/test_saving.py::test_an_old_generation_cannot_delete
             unit/test_metrics.py::test_a_process_that_was_overtaken_writes_nothing_into_the_new_file"""
@@ -231,10 +232,11 @@ ROWS = (
     ),
     Row(
         number="18",
-        fault="frozen rank",
+        fault="frozen rank in any stage, a collective that never returns",
         tests=ids(
             """distributed/test_faults.py::test_a_frozen_rank_is_named_and_all_stacks_are_written
-            unit/test_watchdog.py"""
+            distributed/test_faults.py::test_a_collective_that_never_returns_is_a_hang_though_all_ranks_live
+            proofs/test_hangs.py unit/test_watchdog.py"""
         ),
     ),
     Row(number="19", fault="a rank raises, is killed, leaves", tests=ids("unit/test_launch_node.py")),
@@ -254,9 +256,16 @@ ROWS = (
         ),
     ),
     Row(number="22", fault="bad rows", tests=ids("cli/test_bad_data.py")),
-    Row(number="23", fault="tracker or Hub down", why="no row yet: there is no tracker, and training calls nobody"),
+    Row(
+        number="23",
+        fault="Hub down, slow, 401 (training itself calls nobody)",
+        tests=ids(
+            """unit/test_sources.py::test_a_commit_in_the_cache_needs_no_hub
+            unit/test_sources.py::test_without_a_connection_only_a_commit_is_taken unit/test_model_load.py::TestHub"""
+        ),
+    ),
     Row(number="24", fault="secrets", tests=ids("cli/test_secrets.py unit/test_redaction.py")),
-    Row(number="25", fault="malicious checkpoint or config", tests=ids("unit/test_malice.py")),
+    Row(number="25", fault="malicious checkpoint, config, template, link", tests=ids("unit/test_malice.py")),
     Row(
         number="26",
         fault="array of a sweep",

@@ -221,6 +221,7 @@ def test_what_zero3_reads_is_what_a_whole_load_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
 def test_no_rank_has_the_whole_model_while_it_is_loaded(tmp_path: Path, kind: StrategyName) -> None:
+    sliced_fixtures.write_base(tmp_path / "small")
     size = sliced_fixtures.write_base(tmp_path / "base", hidden=512, layers=8, vocabulary=4001)
     assert size > 100e6
     ended = run_calls(partial(sliced_fixtures.a_rank_never_has_the_whole, tmp_path / "base", size, kind), tmp_path)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from cli_fixtures import CANARIES, places_of
 from drive_fixtures import Driven, driven
 from slurm_cluster import Cluster, until
 from slurm_stand_ins import Counted, with_agents
@@ -36,8 +37,10 @@ def the_run(programs: Driven) -> RunFolder:
 
 
 def test_the_same_command_submits_once_and_a_finished_run_not_at_all(
-    lab: Cluster, programs: Driven, capsys: pytest.CaptureFixture[str]
+    lab: Cluster, programs: Driven, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, secret in CANARIES.items():
+        monkeypatch.setenv(name, secret)  # sbatch hands the environment on
     (programs.folder / "go").touch()
     assert submit(programs, "launch.wait=true") == 0
     out = capsys.readouterr().out
@@ -55,6 +58,7 @@ def test_the_same_command_submits_once_and_a_finished_run_not_at_all(
     assert do_existing("run", folder.root, [], cwd=programs.folder, command="again") == 0
     assert len(lab.ask("squeue", "-h", "--states=all", f"--name={submission.name}").splitlines()) == 1
     assert job_lines(folder) == [f"Slurm job {submission.job}: COMPLETED"]
+    assert [places_of(secret, programs.folder) for secret in CANARIES.values()] == [[]] * len(CANARIES)
 
 
 def test_while_a_job_is_there_its_number_is_all_that_comes(

@@ -12,7 +12,7 @@ from trainer.paths import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-SHORT = ("optim.max_steps=60",)
+SHORT = ("optim.max_steps=60", "optim.batch_packs=2")
 
 
 def test_a_run_that_is_stopped_twice_ends_with_the_same_weights(lab: Cluster, tmp_path: Path) -> None:

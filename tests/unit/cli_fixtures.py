@@ -76,3 +76,19 @@ def trainer_until(cwd: Path, words: list[str], act: Callable[[str, subprocess.Po
             lines.append(line)
             act(line, process)
         return Ended(process.wait(), "".join(lines), "")
+
+
+CANARIES = {
+    "HF_TOKEN": "hf_CanaryCanaryCanaryCanaryCanary0001",
+    "WANDB_API_KEY": "0ca4a41e50ca4a41e50ca4a41e50ca4a41e50002",
+    "AWS_SECRET_ACCESS_KEY": "CanaryCanary/CanaryCanary+Canary00000003",
+    "MY_DATABASE_PASSWORD": "canary-canary-0004",
+}
+"""Secrets of an environment."""
+
+
+def places_of(secret: str, folder: Path) -> list[str]:
+    """Files below ``folder`` that hold ``secret``, in their bytes or their name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [str(path) for path in files if secret.encode() in path.read_bytes() or secret in path.name]

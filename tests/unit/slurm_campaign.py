@@ -16,12 +16,14 @@ import psutil
 from slurm_cluster import Cluster, until
 from slurm_training import JOB, WORDS, steps, submitted, trainer, weights_of
 
+from trainer.drive.progress import read_starts
 from trainer.paths import RunFolder
 from trainer.train.checkpoint.format import published
 
-STEPS_PER_KILL = 12
+STEPS_PER_KILL = 16
 """The run is this much longer for every kill, so that it does not end before the last one."""
-LONGEST_START = 20.0
+LONG_STEPS = ("optim.batch_packs=8", "eval.every=24", "checkpoint.every=4")
+LONGEST_START = 15.0
 """Seconds after which a start that is killed blindly is killed at the latest."""
 PATIENCE = 300.0
 """Seconds in which the run has to go on after a kill."""
@@ -45,7 +47,7 @@ class Campaign:
         self.lab, self.cwd, self.nodes = lab, cwd, nodes
         self.chance = random.Random(seed)
         self.run = RunFolder(cwd / "killed")
-        self.words = (*WORDS, f"optim.max_steps={STEPS_PER_KILL * kills}", "eval.every=24", "checkpoint.every=4")
+        self.words = (*WORDS, f"optim.max_steps={STEPS_PER_KILL * kills}", *LONG_STEPS)
         self.job = 0
         self.typed = 0
         self._ways: list[Callable[[], str]] = [self._rank, self._agent, self._batch, self._cancel, self._requeue]
@@ -68,7 +70,7 @@ class Campaign:
         goal = began + self.chance.randint(1, 8) if number % 2 else 0
         after = self.chance.uniform(0.0, 1.0 if number % 2 else LONGEST_START)
         try:
-            until(lambda: (bool(self._processes("")) and steps(self.run) >= goal) or self._is_over(), name, PATIENCE)
+            until(lambda: (self._has_begun() and steps(self.run) >= goal) or self._is_over(), name, PATIENCE)
             time.sleep(after)
             if self._is_over():
                 return self._came_too_late(name)
@@ -80,6 +82,11 @@ class Campaign:
             return Point(name, f"{fault}; {self._last_words()}")
         kept = self._saved()
         return Point(name, "" if kept >= saved else f"step {saved} was published, and step {kept} is the newest now")
+
+    def _has_begun(self) -> bool:
+        """Whether the present start runs: processes of the one before it may still be ending."""
+        starts, restarts = read_starts(self.run), int(self.lab.field(self.job, "Restarts"))
+        return bool(starts) and (starts[-1].job, starts[-1].restarts) == (self.job, restarts)
 
     def _is_over(self) -> bool:
         return self._state() in OVER

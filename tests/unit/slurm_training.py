@@ -10,7 +10,7 @@ from slurm_cluster import Cluster
 from trainer.fingerprint import file_digest
 from trainer.paths import RunFolder
 
-WORDS = ("+experiment=smoke", "launch.device=cpu", "launch.threads=1", "optim.batch_packs=2", "method.dropout=0.1")
+WORDS = ("+experiment=smoke", "model.dtype=float32", "launch.device=cpu", "launch.threads=1", "method.dropout=0.1")
 """What an undisturbed run on one machine has as well."""
 JOB = (
     "launch=slurm",

@@ -37,6 +37,10 @@ def grown(base: Path, cache: Path) -> BaseModel:
     return with_added_tokens(described(base), cache, tokens=[WORD], special=[CONTROL])
 
 
+def embeddings(model: PreTrainedModel) -> torch.Tensor:
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("base"))
@@ -49,7 +53,7 @@ def larger(base: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 def test_new_rows_are_the_mean_of_the_old_and_nothing_else_changes(base: Path, larger: BaseModel) -> None:
     before, after = load_model(base, dtype=torch.float32), load_model(larger.directory, dtype=torch.float32)
-    old, new = (cast(torch.nn.Embedding, model.get_input_embeddings()).weight for model in (before, after))
+    old, new = embeddings(before), embeddings(after)
     assert larger.added_tokens == [len(old), len(old) + 1]
     assert torch.equal(new[: len(old)], old)
     assert torch.allclose(new[len(old) :], old.mean(0), atol=1e-6)
@@ -84,11 +88,11 @@ def test_spare_rows_are_used_before_there_are_more(base: Path, tmp_path: Path) -
     folder = tmp_path / "spare"
     shutil.copytree(base, folder)
     model = load_model(base, dtype=torch.float32)
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = len(embeddings(model))
     model.resize_token_embeddings(rows + 8, mean_resizing=False)
     model.save_pretrained(folder)
     found = grown(folder, tmp_path)
-    after = load_model(found.directory, dtype=torch.float32).get_input_embeddings().weight  # type: ignore[union-attr]
+    after = embeddings(load_model(found.directory, dtype=torch.float32))
     assert found.added_tokens == [rows, rows + 1]
     assert len(after) == rows + 8
     assert torch.allclose(after[rows], after[:rows].mean(0), atol=1e-6)

@@ -1,5 +1,8 @@
 """A process writes down what it uses while it uses it, in lines that a kill, a full disk or a restart cannot spoil."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,10 +11,24 @@ from pathlib import Path
 import pytest
 
 from trainer.book import BETWEEN, Book
+from trainer.cost import Factors, cost_of
 from trainer.ledger import Spell, append, read_account
+from trainer.paths import CHECKOUT
 from trainer.power import GpuMeter, Sockets
 
 SPELL = Spell(stage="train", began="2026-01-01T00:00:00+00:00", rank=0, seconds=2.0, core_seconds=1.0)
+
+KILLS_ITSELF = """
+import os, signal, sys
+from pathlib import Path
+from trainer.book import Book
+from trainer.ledger import read_account
+path = Path(sys.argv[1])
+with Book(path, rank=0, every=0.002).stage("train"):
+    while not any(spell.stage == "train" for spell in read_account(path.parent).spells):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @dataclass
@@ -70,6 +87,29 @@ def test_a_line_appears_while_the_stage_goes_on(tmp_path: Path) -> None:
         while not any(spell.stage == "train" for spell in read_account(tmp_path).spells):
             pass
     open_book.close()
+
+
+def test_what_a_process_did_before_its_ledger_is_spent_too(tmp_path: Path) -> None:
+    machine = Machine(time=100.0, cpu=8.0)
+    book(tmp_path / "r.jsonl", machine, gpu="H100", lived=12.0).close()
+    (spell,) = read_account(tmp_path).spells
+    assert (spell.stage, spell.seconds, spell.core_seconds, spell.gpus) == (BETWEEN, 12.0, 8.0, 1)
+
+
+def test_a_process_that_is_killed_has_told_almost_all(tmp_path: Path) -> None:
+    """The next start adds to what the killed one wrote."""
+    path = tmp_path / "rank00000.jsonl"
+    killed = subprocess.run([sys.executable, "-c", KILLS_ITSELF, str(path)], cwd=CHECKOUT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    before = [spell for spell in read_account(tmp_path).spells if spell.stage == "train"]
+    machine = Machine()
+    open_book = book(path, machine)
+    with open_book.stage("train"):
+        machine.work(3600.0)
+    cost = cost_of(read_account(tmp_path), Factors())
+    assert cost is not None
+    assert cost.stages["train"].starts == 2
+    assert cost.stages["train"].seconds == pytest.approx(3600.0 + sum(spell.seconds for spell in before))
 
 
 def test_energy_of_the_own_gpu_between_lines(tmp_path: Path) -> None:
@@ -142,6 +182,7 @@ def test_one_process_of_a_machine_tells_its_sockets(tmp_path: Path) -> None:
     teller = book(tmp_path / "cost/rank00000.jsonl", machine, sockets=Sockets(tmp_path / "powercap"))
     other = book(tmp_path / "cost/rank00001.jsonl", machine, told_by_another=True)
     (place / "energy_uj").write_text("250000\n")
+    machine.work(1.0)
     teller.close()
     other.close()
     assert [spell.cpu_joules for spell in read_account(tmp_path / "cost").spells] == [0.25, 0.0]

@@ -1,5 +1,6 @@
 """A checkpoint or a config from somebody else: nothing in it is executed, nothing outside the run folder touched."""
 
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -8,19 +9,24 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from jinja2.exceptions import SecurityError
 from safetensors import SafetensorError
 from train_fixtures import BASE, IDENTITY, tiny_strategy
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.compose import compose
 from trainer.distributed.ranks import start_ranks
-from trainer.errors import TrimtabError
+from trainer.drive.lock import hold
+from trainer.errors import RunError, TrimtabError
 from trainer.fingerprint import digest, file_digest
-from trainer.paths import CHECKOUT
+from trainer.paths import CHECKOUT, fresh_folder, write_atomic
 from trainer.train.checkpoint.fence import claim
 from trainer.train.checkpoint.format import Checkpoint, DamagedCheckpoint, FileInfo, Manifest, verify
 from trainer.train.checkpoint.publish import save
 from trainer.train.checkpoint.resume import load
 from trainer.train.state import TrainState
+from trainer_launch.children import Child
+from trainer_launch.children import start as start_child
 
 UNSAFE = re.compile(
     r"\bpickle\.(load|loads|Unpickler)\b|\btorch\.load\(|\bdcp\.load\(|\byaml\.(full_load|unsafe_load)\(|\byaml\.load\([^,]*\)|\bmarshal\.load"
@@ -113,3 +119,54 @@ def test_nothing_in_the_source_loads_code_from_data() -> None:
     ]
     assert len(sources) > 80
     assert found == []
+
+
+def test_a_log_that_is_a_link_is_not_written(tmp_path: Path) -> None:
+    """Lines of a log may be anybody's text: through a link they could end in a file that a shell reads."""
+    victim, log = tmp_path / "profile", tmp_path / "logs" / "rank0.log"
+    victim.write_text("mine")
+    log.parent.mkdir()
+    log.symlink_to(victim)
+    child = Child(name="rank 0", arguments=("true",), variables={}, log=log, shown=False)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        start_child(child, on_line=lambda _: None, on_exit=lambda: None, keep_open=())
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    victim = tmp_path / "profile"
+    victim.write_text("mine")
+    (tmp_path / "run.lock").symlink_to(victim)
+    with pytest.raises(RunError, match="is a symbolic link, which is not followed"), hold(tmp_path / "run.lock", "run"):
+        pass
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o077, 0o600, 0o700), (0o007, 0o660, 0o770)])
+def test_the_users_umask_decides_who_may_read(tmp_path: Path, mask: int, file: int, folder: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "file", "text")
+        made = fresh_folder(tmp_path, ".partial-")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == file
+    assert made.stat().st_mode & 0o777 == folder
+    assert fresh_folder(tmp_path, ".partial-") != made
+
+
+def test_nothing_in_the_source_sets_rights_itself() -> None:
+    """Asking for the umask changes it for an instant; what is made in a thread just then, everybody may write."""
+    sources = [path for folder in ("trainer", "kernels", "launch") for path in (CHECKOUT / folder).rglob("*.py")]
+    own = re.compile(r"\bumask\(|\bchmod\(|\bmktemp\(|\bmkdtemp\(")
+    assert [path.name for path in sources if own.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append('x') }}", "{% include '/etc/passwd' %}"],
+    ids=["python", "data", "files"],
+)
+def test_a_chat_template_is_rendered_in_a_sandbox(template: str) -> None:
+    with pytest.raises((SecurityError, TypeError)):
+        render_jinja_template([[{"role": "user", "content": "x"}]], chat_template=template)

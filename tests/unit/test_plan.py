@@ -80,6 +80,13 @@ COMBINATIONS = [
     (["run.name=a/b"], "run.name", "is not a folder name"),
     (["run.name=.."], "run.name", "is not a folder name"),
     (["model.path=builtin:smol"], "model.path", "unknown built-in model"),
+    (["model.add_tokens=[a]", "model.add_special_tokens=[a]"], "model.add_special_tokens", "is given twice"),
+    (["model.add_special_tokens=[' ']"], "model.add_special_tokens", "is no token"),
+    (
+        ["model.add_tokens=[a]", "method=full", "method.freeze_embeddings=true"],
+        "model.add_tokens",
+        "would stay untrained: the embeddings are frozen",
+    ),
     (["model.revision=main"], "model.revision", "has no effect: only Hub models have revisions"),
     (
         ["model.path=org/name", "model.trust_remote_code=true"],
@@ -382,6 +389,7 @@ DIFFERENT = [
     ["eval.patience=3"], ["eval.patience=3", "eval.min_improvement=1"], ["data.max_validation_rows=4"],
     ["eval.metric=exact_match", "eval.generate_rows=5"], ["eval.metric=exact_match", "eval.generate_rows=6"],
     ["model.chat_template=template.jinja"], ["model.chat_template=builtin:chatml"], ["method.adapter=adapter"],
+    ["model.add_tokens=[x]"], ["model.add_special_tokens=[x]"],
     ["data.max_train_rows=1"], ["data.loss_on=all"], ["data.columns={prompt: a}"], ["optim.neftune_alpha=1"],
 ]  # fmt: skip
 

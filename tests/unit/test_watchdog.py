@@ -114,7 +114,7 @@ def test_what_a_process_does_is_a_move_outside_of_training_steps_alone(group: Gr
     """Ranks that wait for each other in a step may spin."""
     group.dog.enter(phase, 7)
     assert group.pass_time(1, moving=False) == ""
-    group.busy = True
+    group.busy, trouble = True, ""
     for _ in range(10):
         group.dog.give_sign()
         trouble = group.pass_time(TIMEOUT / 5, moving=False)

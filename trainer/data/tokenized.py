@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 
 import msgspec
 import numpy as np
@@ -27,7 +26,7 @@ from trainer.data.special_tokens import pad_token, stop_tokens
 from trainer.data.splits import SplitName, Splits
 from trainer.errors import DataError
 from trainer.fingerprint import digest, tree_digest
-from trainer.paths import fsync_directory, write_atomic
+from trainer.paths import fresh_folder, fsync_directory, write_atomic
 from trainer.samples import Conversation, Dropped, EvaluationExample, SplitInfo
 from trainer_kernels import ArenaWriter, TokenArena
 
@@ -141,9 +140,8 @@ def make_tokens(
     """
     folder = folder_of(cache, key)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    stage = fresh_folder(folder.parent, f".{folder.name}.")
     try:
-        stage.chmod(0o755)
         report = _fill(stage, splits, encoder, options, on_progress)
         write_atomic(stage / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=1))
         return Tokenized(folder=_publish(stage, folder), report=report, found=False)

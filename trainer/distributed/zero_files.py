@@ -6,7 +6,7 @@ one parameter. Parameters stay the same objects, so that an optimizer and names 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,9 +46,8 @@ def divide(pending: Pending, read: Read, config: dict[str, Any], *, reads: bool)
         if convert is None:
             alone = nn.Module()
             alone.register_parameter("first", parameter)
-            init_distributed(
-                get_accelerator().communication_backend_name(), verbose=False
-            )  # as the engine would do later
+            backend = cast(Any, get_accelerator()).communication_backend_name()
+            init_distributed(backend, verbose=False)  # as the engine would do later
             Init(module=alone, config_dict_or_path=config)
             convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]  # DeepSpeed has put it there
         else:

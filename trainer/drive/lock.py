@@ -39,7 +39,7 @@ def hold(path: Path, doing: str) -> Iterator[int]:
     Raises:
         RunError: somebody else holds it (named), or the file system has no locks.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = _open(path)
     try:
         _take(handle, path)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -49,6 +49,21 @@ def hold(path: Path, doing: str) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)  # never LOCK_UN: a rank that outlives this process keeps the lock
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as fault:
+        if fault.errno != errno.ELOOP:
+            raise
+        raise RunError(
+            "the lock of the run is a symbolic link, which is not followed",
+            where=str(path),
+            got=str(path.readlink()),
+            allowed="a file of this folder",
+            do="remove the link; somebody else may write to this folder",
+        ) from None
 
 
 def _take(handle: int, path: Path) -> None:

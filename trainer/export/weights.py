@@ -12,7 +12,6 @@ what ``tensors.py`` expects to find.
 import errno
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from trainer.export.inference import (
 )
 from trainer.export.stored import read_tensor, shapes_on_disk, tensor_files, weight_files
 from trainer.model.quiet import without_progress_bars
-from trainer.paths import fsync_directory, fsync_file
+from trainer.paths import fresh_folder, fsync_directory, fsync_file
 
 HEADROOM_BYTES = 64_000_000
 """Tokenizer, config and the rest beside the weights."""
@@ -277,9 +276,8 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stale in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(stale)
-    stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    stage = fresh_folder(folder.parent, f".{folder.name}.partial-")
     try:
-        stage.chmod(0o755)
         fill(stage)
         for file in stage.rglob("*"):
             if file.is_file():

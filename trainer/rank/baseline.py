@@ -9,7 +9,6 @@ not there; deleting it costs the time to measure again.
 import os
 import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 
@@ -18,7 +17,7 @@ from trainer.errors import DataError
 from trainer.evaluate.score import Evaluation, load_answers, load_evaluation
 from trainer.fingerprint import code_digest, digest, file_digest
 from trainer.model.loss import PackedLoss
-from trainer.paths import fsync_directory, fsync_file, write_atomic
+from trainer.paths import fresh_folder, fsync_directory, fsync_file, write_atomic
 from trainer.rank.job import Job, Summary
 from trainer.rank.testing import evaluate_on_test
 
@@ -94,8 +93,7 @@ def _summary(evaluation: Evaluation) -> Summary:
 def _publish(evaluation: Path, place: Path) -> None:
     """Put the files of the evaluation into ``place``, all or none; another run may do the same at the same time."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(mkdtemp(dir=place.parent, prefix=".staged-"))
-    staged.chmod(0o755)
+    staged = fresh_folder(place.parent, ".staged-")
     for suffix in SUFFIXES:
         shutil.copyfile(evaluation / f"{ZERO_SHOT}{suffix}", staged / f"{ZERO_SHOT}{suffix}")
         fsync_file(staged / f"{ZERO_SHOT}{suffix}")

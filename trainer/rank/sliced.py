@@ -87,6 +87,13 @@ def loading(job: Job) -> Iterator[None]:
     job.say(f"loaded in {time.monotonic() - start:.1f} s, at most {max(peaks):.2f} GB on a rank so far")
 
 
+def say_peaks(job: Job) -> None:
+    """Say what the run took at most so far on rank 0, which puts an export together, and on the others."""
+    first, *others = job.ranks.gather(peak_memory_gb(job.ranks.device))
+    beside = f", {max(others):.2f} GB on another" if others else ""
+    job.say(f"at most {first:.2f} GB on rank 0 so far{beside}")
+
+
 def _skeleton(job: Job) -> Skeleton | str:
     config, directory = job.plan.config, Path(job.prepared.base.directory)
     if config.method.adapter is not None:

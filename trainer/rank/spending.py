@@ -1,5 +1,8 @@
 """The ledger of a rank: which GPU it holds, and which rank of a machine tells what its processors used."""
 
+import time
+
+import psutil
 import torch
 
 from trainer.book import Book
@@ -25,5 +28,6 @@ def open_book(folder: RunFolder, ranks: Ranks) -> Book:
         meter=meter,
         sockets=sockets if sockets.are_readable and is_first_here else None,
         told_by_another=sockets.are_readable and not is_first_here,
+        lived=time.time() - psutil.Process().create_time(),
         warn=warn if ranks.is_first else lambda _: None,
     )

@@ -1,9 +1,16 @@
 """Rules of tokens that are added to the vocabulary: they have to be new, told apart, and trained."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from trainer.config import Config
 from trainer.errors import Problem
+
+
+def added_tokens(config: Config) -> dict[str, Any]:
+    """Return what is added to the vocabulary; nothing where nothing is: the runs of before there was it."""
+    both = {"add_tokens": config.model.add_tokens, "add_special_tokens": config.model.add_special_tokens}
+    return {name: tokens for name, tokens in both.items() if tokens}
 
 
 def added_token_rules(config: Config) -> Iterator[Problem]:
@@ -11,14 +18,16 @@ def added_token_rules(config: Config) -> Iterator[Problem]:
     model = config.model
     both = {"model.add_tokens": model.add_tokens, "model.add_special_tokens": model.add_special_tokens}
     given = [token for tokens in both.values() for token in tokens]
+    seen: set[str] = set()
     for where, tokens in both.items():
-        for token in dict.fromkeys(tokens):
+        for token in tokens:
             if not token.strip():
                 yield Problem(what="is no token", where=where, got=repr(token), allowed="text", do="remove it")
-            elif given.count(token) > 1:
+            elif token in seen:
                 yield Problem(
                     what="is given twice", where=where, got=token, allowed="each token once", do="remove one of the two"
                 )
+            seen.add(token)
     where = next((name for name, tokens in both.items() if tokens), "")
     if where and config.method.freeze_embeddings:
         yield Problem(

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from tempfile import mkdtemp
 
 import msgspec
 import pyarrow as pa
@@ -26,7 +25,7 @@ from trainer.data.legal.tasks import INSTRUCTIONS, shorten
 from trainer.data.splits import SPLITS, SplitName
 from trainer.errors import DataError, nearest
 from trainer.fingerprint import digest, file_digest, package_digest
-from trainer.paths import fsync_directory
+from trainer.paths import fresh_folder, fsync_directory
 from trainer.samples import Dropped, Origin, Record, SourceInfo
 
 TASKS: tuple[str, ...] = tuple(INSTRUCTIONS)
@@ -169,7 +168,7 @@ def publish(rows: Sequence[LegalRow], folder: Path, *, release: str, package_sha
         OSError: no space, no permission; nothing is left behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    stage = fresh_folder(folder.parent, f".{folder.name}.")
     try:
         files = {name: _write_table(stage / name, part) for name, part in _tables(rows).items()}
         manifest = Manifest(
@@ -192,7 +191,6 @@ def publish(rows: Sequence[LegalRow], folder: Path, *, release: str, package_sha
 
 def _rename(stage: Path, folder: Path) -> None:
     """Put ``stage`` in place; another process that was faster wrote the same rows, so that is no failure."""
-    stage.chmod(0o755)
     try:
         stage.rename(folder)
     except OSError:

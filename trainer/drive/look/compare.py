@@ -70,7 +70,9 @@ def differing(parts: Sequence[dict[str, object]]) -> list[list[str]]:
 
 def _short(value: object) -> str:
     text = "null" if value is None else redact(str(value))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    if len(text) <= LONGEST:
+        return text
+    return f"...{text[3 - LONGEST :]}" if text.startswith("/") else f"{text[: LONGEST - 3]}..."
 
 
 def figure_table(looks: Sequence[RunLook]) -> Table:
