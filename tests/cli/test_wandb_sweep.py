@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from cli_fixtures import ENVIRONMENT, SECONDS
+from cli_fixtures import ENVIRONMENT
 from wandb_server import KEY, WandbServer
 
 from trainer.drive.trial import SWEEPS, Trial, read_trial
@@ -49,15 +49,16 @@ def start(server: WandbServer, cwd: Path, *words: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], at_first_step: Callable[[], None] | None = None) -> tuple[int, str]:
     """Its exit code and its words; ``at_first_step`` is called once, when a trial has made its first step."""
-    assert process.stdout is not None
     said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        if at_first_step is not None and line.startswith("train 1/"):
-            at_first_step()
-            at_first_step = None
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if at_first_step is not None and line.startswith("train 1/"):
+                at_first_step()
+                at_first_step = None
     assert at_first_step is None, "".join(said)
-    return process.wait(SECONDS), "".join(said)
+    return process.returncode, "".join(said)
 
 
 def done(server: WandbServer, cwd: Path, *words: str) -> tuple[int, str]:
