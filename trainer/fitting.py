@@ -26,6 +26,7 @@ from trainer.memory import (
     loss_chunk,
 )
 from trainer.memory.shape import LINEAR_NAMES
+from trainer.rules.added_tokens import added_tokens
 from trainer_launch.zero import Stage, ZeroSpec
 
 ZERO_STAGES: dict[StrategyName, Stage] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -123,9 +124,8 @@ def candidates(config: Config, *, world_size: int, accumulation: int, device: st
         Candidate(strategy=parallel.name if parallel.name != "auto" else "ddp", parallel=parallel, checkpointing=mode)
         for mode, parallel in product(modes, _shared(asked, accumulation, quantized=quantized))
     ]
-    if (
-        device == "cuda" and deepspeed and not quantized and config.model.compile is not True
-    ):  # zero3 cannot be compiled
+    rows = config.method.name == "lora" and bool(added_tokens(config))  # refused under zero3, which compiles nothing
+    if device == "cuda" and deepspeed and not quantized and not rows and config.model.compile is not True:
         found += [
             Candidate(strategy="zero3", parallel=parallel, checkpointing=modes[-1]) for parallel in _offloaded(asked)
         ]
@@ -191,7 +191,7 @@ def memory_of(case: Case, candidate: Candidate, *, capacity: int | None = None) 
         compiled=compiled,
         repeats_keys=shape.kv_heads != shape.heads and not has_grouped_attention(),
         quantized=method.quantize is not None,
-        added_tokens=bool(model.add_tokens or model.add_special_tokens),
+        added_tokens=bool(added_tokens(config)),
     )
 
 

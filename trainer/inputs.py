@@ -33,6 +33,7 @@ def absolute_paths(config: Config, cwd: Path) -> Config:
         return path if path.startswith(HUB_DATA) else located(path)
 
     template, adapter = config.model.chat_template, config.method.adapter
+    events = config.tracking.tensorboard_dir
     model_folder = local_model(config, cwd)
     return replace(
         config,
@@ -55,6 +56,7 @@ def absolute_paths(config: Config, cwd: Path) -> Config:
             mixture=[SourceConfig(path=data(part.path), weight=part.weight) for part in config.data.mixture],
         ),
         method=replace(config.method, adapter=None if adapter is None else located(adapter)),
+        tracking=replace(config.tracking, tensorboard_dir=None if events is None else located(events)),
     )
 
 

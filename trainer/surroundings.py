@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from trainer.config.tracking import TrackerName, TrackingConfig
+
 DEFAULT_SERVER = "https://api.wandb.ai"
 OFFLINE = ("offline", "dryrun")
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -29,6 +31,12 @@ def wandb_mode(configured: Literal["online", "offline"], environment: Mapping[st
     if said == "disabled":
         return "disabled"
     return "offline" if said in OFFLINE else configured
+
+
+def in_use(tracking: TrackingConfig, environment: Mapping[str, str] | None = None) -> list[TrackerName]:
+    """The chosen trackers, without wandb where WANDB_MODE=disabled."""
+    off = wandb_mode(tracking.wandb_mode, environment) == "disabled"
+    return [name for name in tracking.to if not (off and name == "wandb")]
 
 
 def wandb_server(environment: Mapping[str, str], home: Path) -> str:

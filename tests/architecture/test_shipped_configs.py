@@ -38,7 +38,7 @@ def plan(tmp_path: Path, *overrides: str, gpus: int = 0) -> RunPlan:
 
 
 def test_all_files_are_covered() -> None:
-    assert len(FILES) == 37
+    assert len(FILES) == 41
     assert [file.name for file in FILES if file.parent == CONF] == ["config.yaml"]
     assert EXPERIMENTS == ["legal_full", "legal_lora", "legal_sft", "smoke"]
     assert not list(CONF.rglob("*.yml"))

@@ -171,4 +171,9 @@ def test_same_runs_different_colours_and_dashes(browser: Browser, pages: dict[st
             "() => [...document.querySelector('figure > svg').querySelectorAll('polyline')].map("
             "(line) => getComputedStyle(line).stroke + getComputedStyle(line).strokeDasharray)"
         )
+        keys = page.locator("header .key")
+        assert keys.count() == 9
+        box = keys.first.bounding_box()
+        assert box is not None
+        assert box["width"] > 5
     assert len(set(looks)) == len(looks) == 9

@@ -18,8 +18,9 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    ("layout", "method"), [("fsdp", "lora"), ("fsdp", "full"), pytest.param("zero3", "full", marks=needs_deepspeed)]
+)
 def test_its_rows_are_trained_and_arrive(tmp_path: Path, layout: str, method: str) -> None:
     (tmp_path / "turns.jinja").write_text(CHAT_TEMPLATE.replace("<|im_start|>", TOKEN))
     folder = RunFolder(tmp_path / "run")

@@ -10,7 +10,9 @@ import pytest
 from cli_fixtures import NOTHING_HEAVY, Ended, trainer, trainer_until
 from launch_fixtures import Gone
 
+from trainer.book import BETWEEN
 from trainer.drive.lock import hold
+from trainer.ledger import read_account
 from trainer.markers import STAGES
 from trainer.paths import RunFolder
 
@@ -43,14 +45,21 @@ def steps(folder: RunFolder) -> list[int]:
     return [json.loads(line)["step"] for line in folder.metrics_jsonl.read_text().splitlines()]
 
 
+def spent_on(folder: RunFolder, stage: str) -> float:
+    return sum(spell.seconds for spell in read_account(folder.cost).spells if spell.stage == stage)
+
+
 def test_a_run_does_everything(once: Once) -> None:
     assert once.ended.code == 0, once.ended.out + once.ended.err
     assert once.ended.err.splitlines()[-1] == NOTHING_HEAVY
     assert sorted(path.stem for path in once.folder.stages.iterdir()) == sorted(STAGES)
     assert once.folder.done.read_text().split()[0] == once.root.name
     assert steps(once.folder) == list(range(1, len(steps(once.folder)) + 1))
-    for part in ("Result", "Time", "Where everything is", str(once.folder.merged), str(once.folder.card)):
+    for part in ("Result", "Time", "Cost", "Where everything is", str(once.folder.merged), str(once.folder.card)):
         assert part in once.ended.out
+    spent = {spell.stage for spell in read_account(once.folder.cost).spells if spell.core_seconds > 0}
+    assert spent == {*STAGES, BETWEEN}
+    assert "| CO2 equivalent | " in once.folder.card.read_text()
 
 
 def test_the_same_command_again_finds_everything_done(once: Once) -> None:
@@ -75,7 +84,7 @@ def test_plan_says_that_nothing_is_left_to_do(once: Once) -> None:
 
 def test_one_stage_of_a_run_that_exists(once: Once) -> None:
     marker = once.folder.stages / "evaluate.json"
-    before = marker.read_text()
+    before, spent = marker.read_text(), spent_on(once.folder, "evaluate")
     marker.unlink()
 
     ended = trainer(once.cwd, "evaluate", str(once.root))
@@ -83,6 +92,7 @@ def test_one_stage_of_a_run_that_exists(once: Once) -> None:
     assert ended.code == 0, ended.out + ended.err
     assert "to do: evaluate" in ended.words()
     assert json.loads(marker.read_text())["inputs"] == json.loads(before)["inputs"]
+    assert spent_on(once.folder, "evaluate") > spent, "what is done again is spent again"
 
 
 def test_a_folder_in_use_is_refused(once: Once) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,16 @@ def drivers(folder: SweepFolder) -> dict[int, int]:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended]:
-    """Eight trials by two workers: the first is killed at its first validation, then the sweep is stopped once."""
+    """Eight trials by two workers: the first is killed at its first checkpoint, later the sweep is stopped once."""
     home = tmp_path_factory.mktemp("home")
     folder = SweepFolder(home / "sweep")
     killed: list[int] = []
     stopped: list[str] = []
 
     def act(line: str, process: subprocess.Popen[str]) -> None:
-        if line.startswith("trial 0: val_loss") and "at validation 1" in line and not killed:
+        if line.startswith("trial 0: starts"):
+            while not list(folder.run(0).checkpoints.glob("step-*")) and process.poll() is None:
+                threading.Event().wait(0.02)
             killed.append(drivers(folder)[0])
             os.kill(killed[0], signal.SIGKILL)
         if line.startswith("trial 3: starts") and not stopped:
@@ -62,6 +65,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, End
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_eight_trials_with_one_killed_one_pruned_and_one_stop(searched: tuple[Path, Ended, Ended]) -> None:
     home, first, second = searched
     folder = SweepFolder(home / "sweep")
@@ -78,6 +82,7 @@ def test_eight_trials_with_one_killed_one_pruned_and_one_stop(searched: tuple[Pa
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_preparation_and_baseline_were_done_once(searched: tuple[Path, Ended, Ended]) -> None:
     folder = SweepFolder(searched[0] / "sweep")
     logs = [log.read_text() for log in sorted((folder.root / "logs").iterdir())]
@@ -88,7 +93,8 @@ def test_preparation_and_baseline_were_done_once(searched: tuple[Path, Ended, En
 
 
 @pytest.mark.campaign
-def test_the_killed_trial_is_bit_equal_to_an_undisturbed_run(searched: tuple[Path, Ended, Ended]) -> None:
+@pytest.mark.timeout(1800)
+def test_the_killed_trial_went_on_from_its_checkpoint(searched: tuple[Path, Ended, Ended]) -> None:
     folder = SweepFolder(searched[0] / "sweep")
     log = folder.log(0).read_text()
     assert "continuing after step" in log
@@ -97,6 +103,7 @@ def test_the_killed_trial_is_bit_equal_to_an_undisturbed_run(searched: tuple[Pat
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_the_results_can_be_read_and_the_best_composes(searched: tuple[Path, Ended, Ended]) -> None:
     home, _, second = searched
     folder = SweepFolder(home / "sweep")
@@ -124,6 +131,7 @@ def test_the_results_can_be_read_and_the_best_composes(searched: tuple[Path, End
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)
 def test_joining_with_other_settings_is_refused(searched: tuple[Path, Ended, Ended]) -> None:
     home = searched[0]
     ended = trainer(home, *words(home, "sweep.trials=8", "optim.clip_norm=0.5"))

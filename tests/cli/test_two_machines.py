@@ -11,6 +11,7 @@ from cli_fixtures import NOTHING_HEAVY, trainer
 from layout_fixtures import SMOKE, steps
 from machines_fixtures import stand_in_ssh
 
+from trainer.ledger import read_account
 from trainer.paths import RunFolder
 from trainer_launch.run import free_port
 
@@ -44,6 +45,8 @@ def test_one_command_trains_on_two_machines(tmp_path: Path) -> None:
     assert "[127.0.0.2] the run is finished" in ended.words()
     assert "--node-rank 1" in (folder.logs / "node1.log").read_text()
     assert folder.rank_log(1).is_file()
+    trained = [spell for spell in read_account(folder.cost).spells if spell.stage == "train"]
+    assert {spell.rank for spell in trained} == {0, 1}, "the other machine's ranks are in the account"
     assert not list(folder.launch.glob(".*")), "what the machines left for each other is gone"
     assert ended.err.splitlines()[-1] == NOTHING_HEAVY
 

@@ -201,7 +201,7 @@ def test_a_base_in_4_bits_takes_one_course(tmp_path: Path, data: Path) -> None:
 def test_rows_of_added_tokens_take_one_course(tmp_path: Path, data: Path, variant: Variant, dtype: Any) -> None:
     """In bfloat16 the strategies round gradients in other places; a lost row or a wrong scale is far more than that."""
     run = Run(folder="", lora=True, variant=variant, dtype=dtype, dropout=0.1, lr=1e-3, packs=4, max_steps=10)
-    layouts = [layout for layout in LAYOUTS if layout[1] < 4]
+    layouts = [layout for layout in LAYOUTS if layout[1] < 4 and layout[0] != "zero3"]  # which the plan refuses
     for layout in layouts:
         end(placed(run, tmp_path / named(layout), data, layout))
     for layout in layouts[1:]:

@@ -1,12 +1,18 @@
 """What a run costs is the sum of all that was written down, and says what was measured and what was assumed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from look_fixtures import plan_of
 
+from trainer.config import Config
 from trainer.config.cost import CostConfig
 from trainer.cost import Cost, Factors, cost_of
 from trainer.ledger import Account, Spell
+from trainer.markers import STAGES
+from trainer.paths import RunFolder
+from trainer.plan import flat_identity, stage_inputs
 
 RANK = Spell(stage="train", began="2026-01-01T00:00:00+00:00", rank=0, seconds=1800.0, gpus=1, gpu="H100")
 FACTORS = Factors(gpu_watts=None, cpu_watts_per_core=5.0, pue=1.5, carbon_g_per_kwh=400.0)
@@ -85,3 +91,12 @@ def test_factors_are_the_fields_of_the_config() -> None:
     assert {name: getattr(config, name) for name in CostConfig.__slots__} == {
         name: getattr(Factors(), name) for name in Factors.__slots__
     }
+
+
+def test_factors_change_nothing_but_the_card() -> None:
+    folder = RunFolder(Path("run"))
+    before = plan_of(folder)
+    after = plan_of(folder, Config(cost=CostConfig(pue=1.0, carbon_g_per_kwh=56.0)))
+    changed = [stage for stage in STAGES if stage_inputs(before, stage) != stage_inputs(after, stage)]
+    assert changed == ["card"]
+    assert flat_identity(before) == flat_identity(after)

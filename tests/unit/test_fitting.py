@@ -50,7 +50,7 @@ TAKEN = {
     ("3 B", 24, 8): ("fsdp, reduced each time, checkpointing", "ddp"),
     ("3 B", 80, 1): ("one process, checkpointing", "one process"),
     ("8 B", 24, 1): (None, "one process, checkpointing"),
-    ("8 B", 40, 8): (None, "fsdp"),
+    ("8 B", 40, 8): ("zero3, optimizer offloaded, weights offloaded, checkpointing", "fsdp"),
     ("8 B", 80, 1): (None, "one process"),
     ("8 B", 80, 8): ("fsdp, reduced each time", "ddp"),
     ("8 B", 141, 1): (None, "one process"),
@@ -211,11 +211,19 @@ def test_a_model_larger_than_all_memory_is_refused_with_figures(tmp_path: Path, 
     assert "method=lora (ddp, checkpointing)" in problem.do
 
 
+def test_rows_of_added_tokens_beside_an_adapter_leave_zero3_out() -> None:
+    for method, taken in (("full", True), ("lora", False)):
+        config = case_of("8 B", 40, 8, method).config
+        config = replace(config, model=replace(config.model, add_tokens=["x"]))
+        found = candidates(config, world_size=8, accumulation=1, device="cuda", deepspeed=True)
+        assert any(one.strategy == "zero3" for one in found) == taken
+
+
 def test_shorter_packs_or_more_gpus_are_named_where_they_help(tmp_path: Path) -> None:
     one = Devices(gpus=1, cores=8, gpu_memory=20 * GB)
     words = (model_folder(tmp_path), "packing.capacity=32768")
     assert "packing.capacity=1024 (one process, checkpointing)" in refused(tmp_path, *words, devices=one).do
-    tight = Devices(gpus=8, cores=8, gpu_memory=36 * GB)
+    tight = Devices(gpus=8, cores=8, gpu_memory=36 * GB, deepspeed=False)
     problem = refused(tmp_path, model_folder(tmp_path), "method=full", "packing.capacity=8", devices=tight)
     assert "GPUs of this size" in problem.do
 

@@ -81,6 +81,7 @@ COMBINATIONS = [
     (["run.name=.."], "run.name", "is not a folder name"),
     (["model.path=builtin:smol"], "model.path", "unknown built-in model"),
     (["model.add_tokens=[a]", "model.add_special_tokens=[a]"], "model.add_special_tokens", "is given twice"),
+    (["model.add_tokens=[a]", "parallel=zero3"], "parallel.name", "cannot train the rows of added tokens"),
     (["model.add_special_tokens=[' ']"], "model.add_special_tokens", "is no token"),
     (
         ["model.add_tokens=[a]", "method=full", "method.freeze_embeddings=true"],

@@ -74,7 +74,7 @@ def test_a_grid_of_typed_values(tmp_path: Path) -> None:
 
     assert fixed == ["+experiment=smoke", "run.seed=3"]
     lr, targets = space.parameters
-    assert [lr.override(value) for value in lr.grid()] == ["optim.lr=1e-3", "optim.lr=2e-3"]
+    assert [lr.override(value) for value in lr.grid()] == ["optim.lr=0.001", "optim.lr=0.002"]
     assert targets.override(targets.values[1]) == "method.targets=[q_proj,v_proj]"
     assert (space.method, space.metric.name, space.metric.goal) == ("grid", "val_loss", "minimize")
 

@@ -126,7 +126,8 @@ def test_what_is_drawn_depends_on_the_trial_and_not_on_the_process(
     second = sweep_in(tmp_path / "two", 4)
     work(second, {})
     assert [trial.params for trial in one.study.trials()] == [trial.params for trial in second.study.trials()]
-    assert len({trial.params["optim.lr"] for trial in one.study.trials()}) == 4
+    drawn = sorted(trial.params["optim.lr"] for trial in one.study.trials())
+    assert drawn[-1] / drawn[0] > 4, "draws of neighbouring trials are spread over the range"
 
 
 def test_a_grid_has_every_combination_once(tmp_path: Path, starts: Callable[[Script], list[Any]]) -> None:
@@ -251,6 +252,70 @@ def test_bad_trials_are_pruned_as_the_file_says(tmp_path: Path) -> None:
         sweep.study.finish(number, "pruned" if verdicts[-1] else "complete", None if verdicts[-1] else value)
     assert verdicts == [False, True, False]
     assert [trial.reported for trial in sweep.study.trials()] == [{1: 1.0}, {1: 2.0}, {1: 0.5}]
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+import json, os, signal, sys
+from pathlib import Path
+
+run = Path(next(word for word in sys.argv if word.startswith("run.dir=")).partition("=")[2].strip("'"))
+run.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+{body}
+"""
+WAITS = """
+(run / "metrics.jsonl").write_text('{"step": 1, "val_loss": 5.0}\\n{"step": 2, "val_loss": 0.1}\\n')
+signal.pause()
+"""
+DIES_ONCE = """
+if not (run / "died").exists():
+    (run / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+(run / "stages").mkdir()
+marker = {"stage": "train", "inputs": "", "seconds": 0.0, "finished": "", "summary": {"best_loss": 0.5}}
+(run / "stages" / "train.json").write_text(json.dumps(marker))
+"""
+
+
+@pytest.fixture
+def runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``python -m trainer`` of trials is a small program: a module of the current folder comes first."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(body: str) -> None:
+        (tmp_path / "trainer.py").write_text(STAND_IN.replace("{body}", body))
+
+    return write
+
+
+def test_a_hopeless_trial_is_told_to_stop(tmp_path: Path, runs_are: Callable[[str], None]) -> None:
+    runs_are(WAITS)
+    sweep = sweep_in(tmp_path / "s", 2, pruner="hyperband")
+    sweep.study.ask()
+    sweep.study.report(0, 1, 1.0)
+    assert not sweep.study.should_prune(0)
+    sweep.study.finish(0, "complete", 1.0)
+
+    work(sweep, {})
+
+    assert states(sweep) == ["complete", "pruned"]
+    assert sweep.study.trials()[1].reported == {1: 5.0}, "judged by the first validation, however many there are"
+
+
+def test_a_trial_that_is_killed_is_started_again_in_its_folder(
+    tmp_path: Path, runs_are: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs_are(DIES_ONCE)
+    sweep = sweep_in(tmp_path / "s", 1)
+
+    work(sweep, {})
+
+    (trial,) = sweep.study.trials()
+    assert (trial.state, trial.value) == ("complete", 0.5)
+    assert "trial 0: ended by SIGKILL; it is started again (failure 1 of 1)" in capsys.readouterr().err
+    assert sweep.folder.log(0).read_text().count("=== ") == 2
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------

@@ -201,8 +201,13 @@ def _read_run(server: Store, values: Values) -> Any:
     if run is None:
         return {"project": {"run": None}}
     keys = {"lastStep": run.rows[-1]["_step"] if run.history else -1, "sets": [], "keys": {}}
-    more = {"group": None, "commit": None, "readOnly": False, "notes": None, "systemMetrics": "{}", "user": None}
-    more |= {"createdAt": "2026-01-01T00:00:00Z", "projectId": "p1", "historyKeys": keys}
+    more = {"group": None, "commit": None, "readOnly": False, "notes": None, "systemMetrics": "{}"}
+    more |= {
+        "user": {"name": ENTITY, "username": ENTITY},
+        "createdAt": "2026-01-01T00:00:00Z",
+        "projectId": "1",
+        "historyKeys": keys,
+    }
     return {"project": {"run": _node(run) | more}}
 
 

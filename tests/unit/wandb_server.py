@@ -43,7 +43,11 @@ class WandbServer(Store):
 
     def __init__(self, port: int = 0) -> None:
         super().__init__()
-        self.port = port
+        # Bound for as long as this object lives, without listening: nobody else gets the port of a stopped server.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._held.bind(("127.0.0.1", port))
+        self.port: int = self._held.getsockname()[1]
         self.refuses = False
         self.delay = 0.0
         self.requests: list[Request] = []
@@ -59,6 +63,7 @@ class WandbServer(Store):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._held.close()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -69,7 +74,6 @@ class WandbServer(Store):
         """Serve, on the port of the time before."""
         self._stopping.clear()
         self._http = _Http(self)
-        self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -95,6 +99,7 @@ class WandbServer(Store):
 
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
+    allow_reuse_port = True
     block_on_close = False
 
     def __init__(self, server: WandbServer) -> None:

@@ -20,7 +20,7 @@ from trainer.config.tracking import TrackingConfig
 from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan, dump_plan, load_plan
-from trainer.surroundings import agents_run, has_wandb_login, wandb_mode
+from trainer.surroundings import agents_run, has_wandb_login, in_use, wandb_mode
 from trainer.tracker_state import OFFLINE, read_state
 
 INSTALL = {
@@ -115,7 +115,7 @@ class Beside:
 
     def _report(self) -> None:
         """One line per tracker: where it is, or what is missing and how to send it."""
-        for name in self._tracking.to:
+        for name in in_use(self._tracking):
             state = read_state(self._folder, name)
             if state.complete:
                 console.note(f"{name}: {state.url}")
@@ -158,11 +158,14 @@ def _write_tracking(plan: RunPlan, folder: RunFolder) -> None:
 def wanted(plan: RunPlan, folder: RunFolder, todo: Sequence[str]) -> bool:
     """Whether there is something to track: a stage after ``prepare``, what was left unsent, or an agent's new run."""
     tracking = plan.config.tracking
-    if not tracking.to:
+    trackers = in_use(tracking)
+    if len(trackers) < len(tracking.to):
+        console.note("WANDB_MODE=disabled: nothing is sent to wandb")
+    if not trackers:
         return False
     if any(stage != "prepare" for stage in todo):
         return True
-    states = {name: read_state(folder, name) for name in tracking.to}
+    states = {name: read_state(folder, name) for name in trackers}
     agents = agents_run() if "wandb" in states else ""
     unsent = any(not state.complete and state.why != OFFLINE for state in states.values())
     return folder.metrics_jsonl.is_file() and (unsent or (agents != "" and states["wandb"].run != agents))

@@ -37,6 +37,15 @@ def added_token_rules(config: Config) -> Iterator[Problem]:
             allowed="method.freeze_embeddings=false",
             do="method.freeze_embeddings=false, or method=lora, which trains their rows alone",
         )
+    if where and config.method.name == "lora" and config.parallel.name == "zero3":
+        yield Problem(
+            what="cannot train the rows of added tokens beside an adapter: it does not gather them when a model is "
+            "called by parts, as for the self-check and for answers",
+            where="parallel.name",
+            got=f"zero3 with {where}",
+            allowed="auto, ddp, fsdp, zero1, zero2",
+            do="parallel=fsdp, or method=full",
+        )
     if where and model.trust_remote_code:
         yield Problem(
             what="was not tried with a model that brings its own code",

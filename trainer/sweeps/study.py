@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from trainer.errors import RunError
+from trainer.fingerprint import digest
 from trainer.sweeps.distributions import Parameter
 from trainer.sweeps.space import Hyperband, SearchSpace
 
@@ -154,10 +155,11 @@ class Study:
         return self._study.get_trials(deepcopy=False)[number]
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(digest([self._seed, number])[:8], 16)  # of small neighbouring seeds the first draws are alike
         if self._space.method != "bayes":
-            return optuna.samplers.RandomSampler(seed=self._seed + number)
+            return optuna.samplers.RandomSampler(seed=seed)
         startup = STARTUP if self._trials is None else max(4, min(STARTUP, self._trials // 4))
-        return optuna.samplers.TPESampler(seed=self._seed + number, n_startup_trials=startup)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
 
 
 def _searched(space: SearchSpace) -> list[Parameter]:

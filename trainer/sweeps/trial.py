@@ -7,12 +7,14 @@ hopeless one gets SIGTERM and stops in good order. Whatever the process does, dy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trainer import console
+from trainer.drive.job import lock_is_free
 from trainer.errors import EXIT_DONE, EXIT_NEEDS_PERSON, EXIT_STOPPED, EXIT_USER
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder
@@ -22,7 +24,8 @@ from trainer.sweeps.study import Study
 from trainer_launch.children import Child, start
 
 LOOK_SECONDS = 0.25
-"""How often a trial's figures are looked at."""
+LOOK_SHARE = 20.0
+"""A trial's figures are looked at so often, and never for more than a twentieth of the time."""
 Outcome = Literal["complete", "pruned", "failed", "stopped", "again"]
 """``stopped``: by the sweep itself; ``again``: it ended without being finished, and may be started again."""
 
@@ -54,6 +57,8 @@ def run_trial(
     ``words``: what means this run; ``variables``: added to its environment; ``claim``: a descriptor that it keeps open;
     ``stop``: set when the sweep is to end.
     """
+    if not lock_is_free(folder, stop):
+        return Ended(outcome="stopped" if stop.is_set() else "again", why="another process holds its run folder")
     before = _progress(folder)
     ended = threading.Event()
     child = Child(
@@ -66,24 +71,29 @@ def run_trial(
     # Tied to this thread, which lives as long as the trial: a worker that is killed takes its trial with it.
     running = start(child, on_line=lambda _: None, on_exit=ended.set, keep_open=(claim,))
     pruned = told = False
-    while not ended.wait(LOOK_SECONDS):
+    pause = LOOK_SECONDS
+    while not ended.wait(pause):
+        began = time.monotonic()
         pruned = pruned or _report(study, number, folder, metric)
+        pause = max(LOOK_SECONDS, LOOK_SHARE * (time.monotonic() - began))  # the record of a long run takes longer
         if (pruned or stop.is_set()) and not told:
             running.process.send_signal(signal.SIGTERM)
             told = True
     code = running.process.wait()
-    _report(study, number, folder, metric)
+    if not pruned:
+        _report(study, number, folder, metric)
     return judge(code, folder, metric, log, pruned=pruned, stopped=stop.is_set(), further=_progress(folder) > before)
 
 
 def _report(study: Study, number: int, folder: RunFolder, metric: str) -> bool:
-    """Tell the study of new validations; says whether the trial should end now."""
+    """Tell the study of new validations, one by one; says whether the trial should end now."""
     known = len(study.reported(number))
-    figures = validations(folder, metric)
-    for iteration, value in enumerate(figures[known:], start=known + 1):
+    for iteration, value in enumerate(validations(folder, metric)[known:], start=known + 1):
         study.report(number, iteration, value)
         console.note(f"trial {number}: {metric} {value:.6g} at validation {iteration}")
-    return len(figures) > known and study.should_prune(number)
+        if study.should_prune(number):  # at every one, so that nothing depends on how often this is looked at
+            return True
+    return False
 
 
 def _progress(folder: RunFolder) -> tuple[int, int]:

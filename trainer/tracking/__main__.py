@@ -24,8 +24,8 @@ from trainer.gpu import read_gpus
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, load_plan
 from trainer.records import GrowingRecords
-from trainer.surroundings import variables
-from trainer.tracker_state import write_end
+from trainer.surroundings import in_use, variables
+from trainer.tracker_state import read_state, write_end
 from trainer.tracking.system import append_sample, take_sample
 
 AGAIN_SECONDS = 10.0
@@ -104,8 +104,11 @@ def alone(folder: RunFolder) -> Iterator[None]:
 
 def forget_pieces(folder: RunFolder) -> None:
     """Remove what W&B's client kept of attempts: metrics.jsonl has it all, and ``wandb sync`` would send it twice."""
-    for path in (folder.tracking / "wandb").glob("run-*"):
+    kept = folder.tracking / "wandb"
+    for path in kept.glob("run-*"):
         shutil.rmtree(path, ignore_errors=True)
+    if not any(kept.glob("offline-run-*")):
+        shutil.rmtree(kept, ignore_errors=True)  # its logs, and links to what is gone
 
 
 def main() -> int:
@@ -126,7 +129,7 @@ def main() -> int:
 def _beside(folder: RunFolder, plan: RunPlan) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the driver says when it is over
-    senders = [Sender(folder, tracker) for tracker in plan.config.tracking.to]
+    senders = [Sender(folder, tracker) for tracker in in_use(plan.config.tracking)]
     code = follow(folder, plan, senders)
     deadline = time.monotonic() + plan.config.tracking.finish_seconds
     write_end(folder, EXIT_STOPPED if code is None else code)
@@ -139,7 +142,10 @@ def _beside(folder: RunFolder, plan: RunPlan) -> int:
 
 
 def _sync(folder: RunFolder, plan: RunPlan) -> int:
-    senders = [Sender(folder, tracker, ["--online"]) for tracker in plan.config.tracking.to]
+    done = [tracker for tracker in plan.config.tracking.to if read_state(folder, tracker).complete]
+    for tracker in done:
+        print(f"{tracker}: everything had arrived before: {read_state(folder, tracker).url}", flush=True)  # noqa: T201
+    senders = [Sender(folder, tracker, ["--online"]) for tracker in plan.config.tracking.to if tracker not in done]
     try:
         for sender in senders:
             sender.tell_the_end()

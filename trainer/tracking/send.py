@@ -129,8 +129,8 @@ def sink_for(tracker: str, folder: RunFolder, plan: RunPlan, state: TrackerState
 
 def input_ended() -> bool:
     """Wait a second for the end of standard input."""
-    ready, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-    return bool(ready) and not sys.stdin.buffer.read1(1)
+    ready, _, _ = select.select([0], [], [], POLL_SECONDS)
+    return bool(ready) and not os.read(0, 64)
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import trackio
-from trackio.sqlite_storage import SQLiteStorage
+import trackio  # pyright: ignore[reportMissingImports]
+from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
 from trainer.tracking.sink import Facts
 from trainer.tracking.texts import COLUMNS

@@ -53,7 +53,8 @@ class WandbSink:
         folder: Path,
         mode: Literal["online", "offline"],
     ) -> None:
-        self._folder, self._mode, self._id, self._name = folder, mode, run_id, name
+        self._folder, self._id, self._name = folder, run_id, name
+        self._mode: Literal["online", "offline"] = mode
         self._given = {"project": project, "entity": entity, "group": group, "tags": tags or None, "notes": notes}
         self._config = dict(config)
         self._run: Any = None
@@ -115,7 +116,7 @@ class WandbSink:
 
     def _tables(self, table: Table) -> Any:
         artifact = wandb.Artifact(f"{self._name}-{table.name}", type="evaluation")
-        artifact.add(wandb.Table(columns=list(COLUMNS), data=table.rows), "predictions")
+        artifact.add(wandb.Table(columns=list(COLUMNS), data=[*table.rows]), "predictions")
         return artifact
 
     def _weights(self, weights: Weights) -> Any:

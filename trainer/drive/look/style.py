@@ -30,7 +30,8 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .7rem; border-to
 td { min-width: 7rem; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; }
 tbody th { font-weight: 500; }
-.key { background: currentColor; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem; }
+.key { background: currentColor; display: inline-block; width: .7rem; height: .7rem; border-radius: 2px;
+  margin-right: .4rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .6rem .8rem; border: 1px solid var(--edge); border-radius: 6px; background: var(--panel);
   min-width: 0; }
