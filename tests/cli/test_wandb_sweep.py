@@ -1,21 +1,22 @@
 """Sweeps of W&B from the search space to the last trial: the real client and agent, a server on the loopback."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-from cli_fixtures import ENVIRONMENT, SECONDS
+import yaml
+from cli_fixtures import ENVIRONMENT
 from wandb_server import KEY, WandbServer
 
 from trainer.drive.trial import SWEEPS, Trial, read_trial
 from trainer.markers import read_marker
-from trainer.paths import RunFolder
+from trainer.paths import RunFolder, shipped_conf
 
 FAST = ("launch.threads=1", "run.root=runs")
 TRIALS = 6
@@ -46,9 +47,18 @@ def start(server: WandbServer, cwd: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=SECONDS)
-    return process.returncode, said
+def ended(process: subprocess.Popen[str], at_first_step: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Its exit code and its words; ``at_first_step`` is called once, when a trial has made its first step."""
+    said: list[str] = []
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if at_first_step is not None and line.startswith("train 1/"):
+                at_first_step()
+                at_first_step = None
+    assert at_first_step is None, "".join(said)
+    return process.returncode, "".join(said)
 
 
 def done(server: WandbServer, cwd: Path, *words: str) -> tuple[int, str]:
@@ -57,10 +67,6 @@ def done(server: WandbServer, cwd: Path, *words: str) -> tuple[int, str]:
 
 def trial(cwd: Path, run: str) -> Trial | None:
     return next((read_trial(path) for path in (cwd / SWEEPS).glob(f"*/trials/{run}.json")), None)
-
-
-def has_steps(server: WandbServer, run: str, count: int) -> bool:
-    return len([row for row in server.runs[run].rows if "train/loss" in row]) >= count
 
 
 def folders(cwd: Path) -> Callable[[str], RunFolder]:
@@ -76,18 +82,24 @@ def test_six_trials_of_which_one_is_killed(server: WandbServer, tmp_path: Path) 
     assert f"wandb agent loopback/trimtab/{name}" in said
     assert f"{server.url}/loopback/trimtab/sweeps/{name}" in said
     agents = [start(server, tmp_path, "wandb", "agent", f"loopback/trimtab/{name}") for _ in range(2)]
-    server.wait_for(lambda it: any(has_steps(it, run, 1) for run in sweep.runs), seconds=SECONDS)
-    killed = next(run for run in sweep.runs if has_steps(server, run, 1))
-    holder = json.loads(folders(tmp_path)(killed).lock.read_text())
-    psutil.Process(holder["pid"]).kill()
-    outputs = [ended(agent) for agent in agents]
+    killed: list[str] = []
+
+    def kill() -> None:
+        driver = next(one for one in psutil.Process(agents[0].pid).children() if "trainer" in one.cmdline())
+        killed.append(driver.environ()["WANDB_RUN_ID"])
+        driver.kill()
+
+    with ThreadPoolExecutor(1) as beside:
+        other = beside.submit(ended, agents[1])
+        outputs = [ended(agents[0], kill), other.result()]
     assert [code for code, _ in outputs] == [0, 0], outputs
     assert len(sweep.runs) == TRIALS
+    assert server.wait_for(lambda it: it.runs[killed[0]].exit_code is not None)  # its tracker outlives the driver
     for run in sweep.runs:
         left, arrived = trial(tmp_path, run), server.runs[run]
         assert left is not None
-        assert (left.code, arrived.state) == ((None, "failed") if run == killed else (0, "finished")), run
-        if run != killed:
+        assert (left.code, arrived.state) == ((None, "failed") if run in killed else (0, "finished")), run
+        if run not in killed:
             marker = read_marker(folders(tmp_path)(run), "train")
             assert marker is not None
             assert arrived.summary["val_loss"] == marker.summary["best_loss"]
@@ -103,15 +115,15 @@ def test_a_trial_goes_on_under_its_run_and_one_that_the_sweep_stops_is_over(
     server: WandbServer, tmp_path: Path
 ) -> None:
     """The first is stopped by hand and goes on to its end; the second is stopped by the sweep (hyperband)."""
-    words = ("+experiment=smoke", "sweep=smoke", "sweep.engine=wandb", "sweep.trials=2", *FAST, "optim.max_steps=40")
-    code, said = done(server, tmp_path, "trainer", "sweep", *words)
+    body = yaml.safe_load((shipped_conf() / "sweep" / "smoke.yaml").read_text())
+    body |= {"method": "grid", "run_cap": 2, "parameters": {"optim.max_steps": {"values": [20, 400]}}}
+    (tmp_path / "lengths.yaml").write_text(yaml.safe_dump({**body, "early_terminate": None}))
+    code, said = done(server, tmp_path, "trainer", "sweep", "sweep=lengths.yaml", "sweep.engine=wandb", *FAST)
     assert code == 0, said
     ((name, sweep),) = server.sweeps.items()
     agent = ("trainer", "agent", f"loopback/trimtab/{name}")
     first = start(server, tmp_path, *agent)
-    server.wait_for(lambda it: any(has_steps(it, run, 2) for run in sweep.runs), seconds=SECONDS)
-    first.send_signal(signal.SIGTERM)
-    code, said = ended(first)
+    code, said = ended(first, lambda: first.send_signal(signal.SIGTERM))
     assert code == 75, said
     code, said = done(server, tmp_path, *agent)
     (run,) = sweep.runs
@@ -120,15 +132,11 @@ def test_a_trial_goes_on_under_its_run_and_one_that_the_sweep_stops_is_over(
     assert "continuing after step" in said
     arrived = server.runs[run]
     assert arrived.state == "finished"
-    assert [row["_step"] for row in arrived.rows if "train/loss" in row] == list(range(1, 41))
-    second = start(server, tmp_path, *agent)
-    server.wait_for(lambda it: len(sweep.runs) == 2 and has_steps(it, sweep.runs[1], 2), seconds=SECONDS)
-    server.stopping.add(sweep.runs[1])
-    code, said = ended(second)
+    assert not arrived.preempting
+    assert [row["_step"] for row in arrived.rows if "train/loss" in row] == list(range(1, 21))
+    code, said = ended(start(server, tmp_path, *agent), lambda: server.stopping.add(sweep.runs[1]))
     assert code == 0, said
     assert f"the sweep has stopped this trial: W&B run {sweep.runs[1]}" in said
-    left = trial(tmp_path, sweep.runs[1])
-    assert left is None  # it is the task's
     code, said = done(server, tmp_path, *agent)
-    assert (code, len(sweep.runs)) == (0, 2)
+    assert (code, len(sweep.runs)) == (0, 2), said
     assert "the sweep gave no trial" in said

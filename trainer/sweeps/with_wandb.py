@@ -54,7 +54,8 @@ def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path, m
     for warning in made.warnings:
         console.warn(warning)
     for what, line in next_lines(made, trials):
-        console.say(f"  {what:8}{line}")
+        if not (in_array and what in ("here", "Slurm")):
+            console.say(f"  {what:8}{line}")
     if in_array and trials is not None:
         spec = array_spec(config, made, trials, asked.config.workers, cwd)
         number = submit_array(spec)
