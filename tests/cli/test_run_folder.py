@@ -10,9 +10,9 @@ import pytest
 from cli_fixtures import NOTHING_HEAVY, Ended, trainer, trainer_until
 from launch_fixtures import Gone
 
-from trainer.book import BETWEEN
+from trainer.cost.book import BETWEEN
+from trainer.cost.ledger import read_account
 from trainer.drive.lock import hold
-from trainer.ledger import read_account
 from trainer.markers import STAGES
 from trainer.paths import RunFolder
 

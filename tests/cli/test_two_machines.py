@@ -11,7 +11,7 @@ from cli_fixtures import NOTHING_HEAVY, trainer
 from layout_fixtures import SMOKE, steps
 from machines_fixtures import stand_in_ssh
 
-from trainer.ledger import read_account
+from trainer.cost.ledger import read_account
 from trainer.paths import RunFolder
 from trainer_launch.run import free_port
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from trainer.config import Config
+from trainer.cost.ledger import Spell, append
 from trainer.fingerprint import digest
-from trainer.ledger import Spell, append
 from trainer.markers import STAGES, Marker, write_marker
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, dump_plan

@@ -11,7 +11,8 @@ from export_fixtures import base_folder, inference_of, tuned_lora, write_run
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.config import Config, DataConfig, MethodConfig, RunConfig, TaskConfig
-from trainer.cost import Factors, cost_of
+from trainer.cost.ledger import Account, Spell
+from trainer.cost.sums import Factors, cost_of
 from trainer.errors import RunError
 from trainer.export.card import main, render_card, write_cards
 from trainer.export.comparison import Comparison, Rounding, TensorComparison
@@ -27,7 +28,6 @@ from trainer.export.lineage import (
 )
 from trainer.export.markdown import code, escape, table
 from trainer.export.weights import export_adapter, export_merged, merge
-from trainer.ledger import Account, Spell
 from trainer.markers import is_current
 from trainer.paths import RunFolder
 from trainer.plan import stage_inputs

@@ -8,8 +8,8 @@ from look_fixtures import plan_of
 
 from trainer.config import Config
 from trainer.config.cost import CostConfig
-from trainer.cost import Cost, Factors, cost_of
-from trainer.ledger import Account, Spell
+from trainer.cost.ledger import Account, Spell
+from trainer.cost.sums import Cost, Factors, cost_of
 from trainer.markers import STAGES
 from trainer.paths import RunFolder
 from trainer.plan import flat_identity, stage_inputs

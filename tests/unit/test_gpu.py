@@ -7,7 +7,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from trainer.gpu import GpuSample, read_gpus
+from trainer.cost.gpu import GpuSample, read_gpus
 
 GIB = 2**30
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from trainer.book import BETWEEN, Book
-from trainer.cost import Factors, cost_of
-from trainer.ledger import Spell, append, read_account
+from trainer.cost.book import BETWEEN, Book
+from trainer.cost.ledger import Spell, append, read_account
+from trainer.cost.power import GpuMeter, Sockets
+from trainer.cost.sums import Factors, cost_of
 from trainer.paths import CHECKOUT
-from trainer.power import GpuMeter, Sockets
 
 SPELL = Spell(stage="train", began="2026-01-01T00:00:00+00:00", rank=0, seconds=2.0, core_seconds=1.0)
 
 KILLS_ITSELF = """
 import os, signal, sys
 from pathlib import Path
-from trainer.book import Book
-from trainer.ledger import read_account
+from trainer.cost.book import Book
+from trainer.cost.ledger import read_account
 path = Path(sys.argv[1])
 with Book(path, rank=0, every=0.002).stage("train"):
     while not any(spell.stage == "train" for spell in read_account(path.parent).spells):

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from export_fixtures import write_run
 
+from trainer.cost.ledger import Spell, append
 from trainer.errors import RunError
 from trainer.export.lineage import (
     Lineage,
@@ -19,7 +20,6 @@ from trainer.export.lineage import (
     read_training,
     write_lineage,
 )
-from trainer.ledger import Spell, append
 from trainer.markers import Marker, write_marker
 from trainer.paths import RunFolder
 from trainer.plan import load_plan

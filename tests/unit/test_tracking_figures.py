@@ -9,10 +9,10 @@ from tracking_fixtures import make_run, write_steps
 
 from trainer.compose import compose
 from trainer.config.tracking import TrackingConfig
+from trainer.cost.gpu import GpuSample
 from trainer.drive import tracked
 from trainer.drive.tracked import require_trackers
 from trainer.errors import ConfigError
-from trainer.gpu import GpuSample
 from trainer.markers import STAGES
 from trainer.plan import stage_inputs
 from trainer.records import GrowingRecords

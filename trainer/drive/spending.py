@@ -4,10 +4,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.book import Book
 from trainer.console import warn
+from trainer.cost.book import Book
+from trainer.cost.power import Sockets
 from trainer.paths import RunFolder
-from trainer.power import Sockets
 
 
 @contextmanager

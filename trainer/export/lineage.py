@@ -14,11 +14,11 @@ from typing import TypeVar
 import msgspec
 
 from trainer.config import Config
-from trainer.cost import Cost, Factors, cost_of, totals
+from trainer.cost.ledger import read_account
+from trainer.cost.sums import Cost, Factors, cost_of, totals
 from trainer.errors import RunError
 from trainer.export.comparison import VERIFICATION, Comparison
 from trainer.fingerprint import file_digest
-from trainer.ledger import read_account
 from trainer.markers import STAGES, read_marker
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan

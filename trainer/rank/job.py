@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from trainer import console
-from trainer.book import Book
+from trainer.cost.book import Book
 from trainer.distributed.ranks import Ranks
 from trainer.errors import DataError, RunError
 from trainer.markers import BY_RANKS, Marker, write_marker

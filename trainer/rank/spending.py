@@ -5,12 +5,12 @@ import time
 import psutil
 import torch
 
-from trainer.book import Book
 from trainer.console import warn
+from trainer.cost.book import Book
+from trainer.cost.gpu import read_gpus
+from trainer.cost.power import GpuMeter, Sockets
 from trainer.distributed.ranks import Ranks, launched_as
-from trainer.gpu import read_gpus
 from trainer.paths import RunFolder
-from trainer.power import GpuMeter, Sockets
 
 
 def open_book(folder: RunFolder, ranks: Ranks) -> Book:

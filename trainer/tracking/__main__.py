@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.cost.gpu import read_gpus
 from trainer.errors import EXIT_DONE, EXIT_STOPPED
-from trainer.gpu import read_gpus
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, load_plan
 from trainer.records import GrowingRecords

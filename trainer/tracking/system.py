@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from trainer.gpu import GpuSample
+from trainer.cost.gpu import GpuSample
 from trainer.records import GrowingRecords
 
 GIGA = 1e9

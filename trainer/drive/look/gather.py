@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from trainer.cost import Cost, Factors, cost_of
+from trainer.cost.ledger import read_account
+from trainer.cost.sums import Cost, Factors, cost_of
 from trainer.drive.lock import holder_of
 from trainer.drive.look.scores import Evaluated, read_evaluated, test_digest
 from trainer.drive.queue import job_lines
-from trainer.ledger import read_account
 from trainer.markers import STAGES, Marker, read_marker
 from trainer.paths import RunFolder
 from trainer.plan import RunPlan, load_plan

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from trainer import __version__
-from trainer.cost import SOURCES
+from trainer.cost.sums import SOURCES
 from trainer.drive.look import compare, tables
 from trainer.drive.look.chart import Series, chart, look_of
 from trainer.drive.look.gather import RunLook

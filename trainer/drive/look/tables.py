@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trainer import cost_text
 from trainer.console import format_seconds, gigabytes
-from trainer.cost import Cost
+from trainer.cost.sums import Cost
 from trainer.drive.look import wording
 from trainer.drive.look.gather import BEFORE, TUNED, RunLook
 from trainer.drive.look.scores import hold_against, slices_of, worst_answers

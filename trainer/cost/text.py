@@ -1,6 +1,6 @@
 """How a cost is written, the same in the terminal, on a page, and in a model card."""
 
-from trainer.cost import JOULES_PER_KWH, SECONDS_PER_HOUR, Cost, Factors, Spent
+from trainer.cost.sums import JOULES_PER_KWH, SECONDS_PER_HOUR, Cost, Factors, Spent
 
 
 def hours(seconds: float) -> str:

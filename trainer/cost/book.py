@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trainer.ledger import Meter, Spell, append
-from trainer.power import GpuMeter, Sockets
+from trainer.cost.ledger import Meter, Spell, append
+from trainer.cost.power import GpuMeter, Sockets
 
 BETWEEN = "start"
 """What a process does outside of the stages: starting, loading, waiting for the others."""

@@ -10,7 +10,7 @@ system held while they waited for ``prepare``, ``verify`` or the card.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from trainer.ledger import Account, Spell
+from trainer.cost.ledger import Account, Spell
 
 SECONDS_PER_HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6

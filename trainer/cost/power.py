@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from trainer.ledger import Meter
+from trainer.cost.ledger import Meter
 
 POWERCAP = Path("/sys/class/powercap")
 MICRO = 1e-6
