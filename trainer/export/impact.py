@@ -1,6 +1,6 @@
 """What a model cost, for its card: a section for people, and the entry that the Hub shows (``co2_eq_emissions``)."""
 
-from trainer import cost_text
+from trainer.cost import text as cost_text
 from trainer.cost.sums import Cost
 from trainer.export.lineage import Lineage
 from trainer.export.markdown import bullets, escape, table

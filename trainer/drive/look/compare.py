@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
-from trainer import cost_text
 from trainer.console import format_seconds
+from trainer.cost import text as cost_text
 from trainer.drive.look import wording
 from trainer.drive.look.gather import TUNED, RunLook
 from trainer.drive.look.scores import Figure, hold_against

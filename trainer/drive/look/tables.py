@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from trainer import cost_text
 from trainer.console import format_seconds, gigabytes
+from trainer.cost import text as cost_text
 from trainer.cost.sums import Cost
 from trainer.drive.look import wording
 from trainer.drive.look.gather import BEFORE, TUNED, RunLook
