@@ -9,10 +9,11 @@ def hours(seconds: float) -> str:
 
 
 def energy(spent: Spent) -> str:
-    """Energy of the devices and how it is known: ``0.512 kWh, measured``."""
+    """Energy of the devices and how it is known: ``0.512 kWh, measured``; small ones in Wh."""
     if spent.unknown_gpu_seconds:
         return "unknown"
-    return f"{three(spent.joules / JOULES_PER_KWH)} kWh, {known_by(spent)}"
+    kwh = spent.joules / JOULES_PER_KWH
+    return f"{three(kwh)} kWh, {known_by(spent)}" if kwh >= 0.1 else f"{three(1000 * kwh)} Wh, {known_by(spent)}"
 
 
 def known_by(spent: Spent) -> str:
