@@ -12,8 +12,9 @@ from wandb_server import KEY, WandbServer
 
 from trainer.fingerprint import file_digest
 
-STEPS = 12
-SMOKE = ["+experiment=smoke", "launch.device=cpu", f"optim.max_steps={STEPS}", "run.cache=cache"]
+STEPS = 60
+"""So many that the server is gone long before the last one."""
+SMOKE = ["+experiment=smoke", "launch.device=cpu", f"optim.max_steps={STEPS}", "eval.every=20", "run.cache=cache"]
 CANARY = "hf_CanaryCanaryCanaryCanaryCanary0001"
 SAME = ("step", "loss", "lr", "grad_norm", "tokens", "targets", "val_loss")
 
@@ -46,6 +47,7 @@ def tracked(server: WandbServer, home: Path, *words: str) -> Ended:
         return trainer(home, *words)
 
 
+@pytest.mark.campaign
 def test_a_server_killed_in_mid_run_does_nothing_to_the_run_and_gets_each_step_once(untracked: Path) -> None:
     home, words = untracked.parent, [*SMOKE, "run.dir=tracked", "tracking=[wandb,tensorboard]"]
     with WandbServer() as server:
