@@ -52,7 +52,8 @@ def test_every_choice_is_planned(tmp_path: Path, choice: Path) -> None:
     assert estimate_memory(made) is not None
     if group not in ("experiment", "model", "data", "optim", "packing", "eval", "export"):
         section = {"task": made.config.task.name, "method": method_of(made.config),
-                   "parallel": made.config.parallel.name, "launch": made.config.launch.name}  # fmt: skip
+                   "parallel": made.config.parallel.name, "launch": made.config.launch.name,
+                       "tracking": ",".join(made.config.tracking.to) or "none"}  # fmt: skip
         assert section[group] == name
 
 
