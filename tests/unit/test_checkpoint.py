@@ -260,7 +260,8 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(
     assert found is not None
     assert found.path.name == "step-00000004"
     (warning,) = warnings
-    assert warning.startswith(f"skipping a {newest}: damaged checkpoint")
+    kind = "checkpoint of another version" if damage is other_format else "damaged checkpoint"
+    assert warning.startswith(f"skipping a {newest}: {kind}")
 
 
 def test_all_damaged_needs_a_person(ranks: Ranks, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_signal_to_one_machine_stops_both_in_good_order(tmp_path: Path, to_the
 
         result = run_together(ranks.spec(processes=1, nodes=2), made, act)
 
-    assert result == NodeResult(exit_code=75, cause="stopped in good order")
+    assert result == NodeResult(exit_code=75, cause="stopped in good order", signal="SIGUSR1")
     assert lines[-1] == "rank 0 got SIGUSR1"
     assert "rank 1 got SIGUSR1" in ranks.log(1)
 

@@ -143,7 +143,7 @@ def test_the_system_tells_what_this_process_uses(tmp_path: Path) -> None:
     after = used_so_far()
     assert after is not None
     assert after.passed - before.passed >= 10_000_000
-    assert after.cpu >= before.cpu
+    assert after.cpu >= before.cpu - 0.1  # a difference of two clocks, which are read one after the other
     assert not waits_for_disk_now()
 
 

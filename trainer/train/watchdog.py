@@ -11,9 +11,9 @@ reads the signs of the others as well. Two things are wrong, from the moment the
   may take as long as it needs: there, it is a move when a rank has computed, read or written anything (``busy.py``).
 
 Times are this process's own; clocks of two machines are never compared, and a process that was itself stopped for a
-while (a suspended job) begins anew. The rank that notices first has the others of
-its machine write their stacks (``faulthandler`` on SIGUSR2; one that is stopped is continued for that) and ends with an
-exit code of which the driver makes "run me again".
+while (a suspended job) begins anew. The rank that notices first writes the stacks of all its threads, has the others of
+its machine write that of their main thread (``faulthandler`` on SIGUSR2; one that is stopped is continued for that) and
+ends with an exit code of which the driver makes "run me again".
 """
 
 import faulthandler
@@ -127,7 +127,9 @@ class Watchdog:
         self._begin_anew(self._now())
         self._looked = self._began
         self.give_sign()
-        faulthandler.register(STACKS, file=2, all_threads=True)
+        # The thread that the signal finds, and no other: the rest run on while the handler reads, and reading the frames
+        # of a running thread crashed three of four ranks that were continued for it (Python 3.11).
+        faulthandler.register(STACKS, file=2, all_threads=False)
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         thread.start()
         try:
