@@ -127,8 +127,8 @@ class Watchdog:
         self._begin_anew(self._now())
         self._looked = self._began
         self.give_sign()
-        # The thread that the signal finds, and no other: the rest run on while the handler reads, and reading the frames
-        # of a running thread crashed three of four ranks that were continued for it (Python 3.11).
+        # The thread that the signal finds, and no other: the rest run on while the handler reads, and reading frames of
+        # running threads crashed two of three ranks that were continued for it (Python 3.11).
         faulthandler.register(STACKS, file=2, all_threads=False)
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         thread.start()
