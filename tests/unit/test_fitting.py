@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from typing import Any
 
 import msgspec
@@ -211,12 +212,12 @@ def test_a_model_larger_than_all_memory_is_refused_with_figures(tmp_path: Path, 
     assert "method=lora (ddp, checkpointing)" in problem.do
 
 
-def test_rows_of_added_tokens_beside_an_adapter_leave_zero3_out() -> None:
-    for method, taken in (("full", True), ("lora", False)):
-        config = case_of("8 B", 40, 8, method).config
-        config = replace(config, model=replace(config.model, add_tokens=["x"]))
-        found = candidates(config, world_size=8, accumulation=1, device="cuda", deepspeed=True)
-        assert any(one.strategy == "zero3" for one in found) == taken
+@pytest.mark.parametrize(("method", "taken"), [("full", True), ("lora", False)])
+def test_rows_of_added_tokens_beside_an_adapter_leave_zero3_out(method: Literal["full", "lora"], taken: bool) -> None:
+    config = case_of("8 B", 40, 8, method).config
+    config = replace(config, model=replace(config.model, add_tokens=["x"]))
+    found = candidates(config, world_size=8, accumulation=1, device="cuda", deepspeed=True)
+    assert any(one.strategy == "zero3" for one in found) == taken
 
 
 def test_shorter_packs_or_more_gpus_are_named_where_they_help(tmp_path: Path) -> None:

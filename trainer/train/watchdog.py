@@ -243,8 +243,10 @@ class Watchdog:
             if sign.host == self._own.host and is_running(sign):
                 _write(f"=== rank {rank} was asked to write its stacks into its own log\n")
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(sign.pid, STACKS)
+                    # In this order: a signal that waits for a stopped process goes to whichever thread wakes first,
+                    # and one of gloo's has no stack of Python. A running process gets it in its main thread.
                     os.kill(sign.pid, signal.SIGCONT)
+                    os.kill(sign.pid, STACKS)
         if any(sign.host != self._own.host for _, sign in others):
             with suppress(OSError):
                 (self._folder / ALARM).write_text(trouble, "utf-8")
