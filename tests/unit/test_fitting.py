@@ -3,8 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
