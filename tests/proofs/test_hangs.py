@@ -42,7 +42,7 @@ class Freeze:
 
 @pytest.mark.parametrize(
     "at",
-    ["loading ", "zero_shot: measuring", "tuned: measuring", "tuned: loss"],
+    ["attention: ", "zero_shot: measuring", "tuned: measuring", "tuned: loss"],
     ids=["loading", "baseline", "evaluate", "export"],
 )
 def test_a_rank_frozen_outside_of_training_is_named(tmp_path: Path, at: str) -> None:

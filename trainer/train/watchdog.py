@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,10 @@ ALARM_SECONDS = 1.0
 """Between looks for an alarm of another machine."""
 STACKS_SECONDS = 5.0
 """What ranks on other machines have to write their stacks, before the first one ends and all are ended."""
+SETTLE_SECONDS = 0.5
+"""Between continuing ranks and asking for their stacks, and what they have to write them. A process takes a signal in
+its main thread unless that has others to deal with, as after it was stopped: then any thread gets it, and those of gloo
+have no stack of Python."""
 STACKS = signal.SIGUSR2
 ALARM = "alarm"
 """A file beside the signs, with the words of the rank that noticed, for ranks on other machines."""
@@ -239,20 +243,24 @@ class Watchdog:
     def _raise_alarm(self, trouble: str) -> None:
         self._write_stacks(trouble)
         others = [(rank, seen.sign) for rank, seen in self._seen.items() if rank != self._rank]
-        for rank, sign in others:
-            if sign.host == self._own.host and is_running(sign):
-                _write(f"=== rank {rank} was asked to write its stacks into its own log\n")
-                with suppress(ProcessLookupError, PermissionError):
-                    # In this order: a signal that waits for a stopped process goes to whichever thread wakes first,
-                    # and one of gloo's has no stack of Python. A running process gets it in its main thread.
-                    os.kill(sign.pid, signal.SIGCONT)
-                    os.kill(sign.pid, STACKS)
+        here = {rank: sign for rank, sign in others if sign.host == self._own.host and is_running(sign)}
+        self._signal(here, signal.SIGCONT)
+        self._over.wait(SETTLE_SECONDS)
+        self._signal(here, STACKS)
+        self._over.wait(SETTLE_SECONDS)
+        for rank in here:
+            _write(f"=== rank {rank} was asked to write its stack into its own log\n")
         if any(sign.host != self._own.host for _, sign in others):
             with suppress(OSError):
                 (self._folder / ALARM).write_text(trouble, "utf-8")
             self._over.wait(STACKS_SECONDS)
         _write(f"error: {trouble}. The run ends; the same command goes on from what was saved\n")
         self._end(EXIT_AGAIN)
+
+    def _signal(self, signs: Mapping[int, Sign], number: signal.Signals) -> None:
+        for sign in signs.values():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(sign.pid, number)
 
 
 def _of_step(sign: Sign) -> str:
