@@ -15,6 +15,7 @@ SHARDED = ["parallel=fsdp", "launch.processes=2"]
 LAYER_BY_LAYER = [*SHARDED, "parallel.gather_for_generation=false"]
 
 
+@pytest.mark.campaign
 def test_a_killed_run_goes_on_and_exports_what_one_process_exports(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     words = [*SMOKE, *SHARDED]

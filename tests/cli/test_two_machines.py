@@ -28,6 +28,7 @@ def over_ssh(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.campaign
 def test_one_command_trains_on_two_machines(tmp_path: Path) -> None:
     ended = trainer(
         tmp_path,
