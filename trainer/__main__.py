@@ -194,15 +194,19 @@ def _belongs_to_show(words: Words) -> UserError:
     )
 
 
-def _show(words: Words) -> None:
+def _require_runs(words: Words, what: str, allowed: str) -> None:
     if not words.runs or words.overrides or words.multirun or words.show_config:
         raise UserError(
-            "show looks at runs as they are",
+            what,
             where="command line",
             got="no run folder" if not words.runs else "settings or options beside the run folders",
-            allowed="one run folder, or several to compare",
-            do="python -m trainer show outputs/NAME/IDENTITY [another ...]",
+            allowed=allowed,
+            do=f"python -m trainer {words.verb} outputs/NAME/IDENTITY [another ...]",
         )
+
+
+def _show(words: Words) -> None:
+    _require_runs(words, "show looks at runs as they are", "one run folder, or several to compare")
     show_runs(words.runs, contents=words.verify, page=words.html)
 
 
@@ -220,14 +224,7 @@ def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
 
 
 def _sync(words: Words) -> int:
-    if not words.runs or words.overrides or words.multirun or words.show_config:
-        raise UserError(
-            "sync sends what there is of runs",
-            where="command line",
-            got="no run folder" if not words.runs else "settings or options beside the run folders",
-            allowed="run folders, which have been given their trackers",
-            do="python -m trainer sync outputs/NAME/IDENTITY [another ...]",
-        )
+    _require_runs(words, "sync sends what there is of runs", "run folders, which have been given their trackers")
     return sync_runs(words.runs)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer import console
 from trainer.config import Config
+from trainer.config.launch import LaunchConfig
 from trainer.drive.environment import usable_cores
 from trainer.drive.folder import make_folder, write_inputs
 from trainer.drive.follow import follow
@@ -59,14 +60,28 @@ def devices_of_job(config: Config) -> Devices:
 
 def batch_spec(plan: RunPlan, folder: RunFolder, words: Sequence[str], cwd: Path) -> BatchSpec:
     """The job of a run; ``words`` is what its batch step runs."""
-    launch = plan.config.launch
-    return BatchSpec(
+    return site_spec(
+        plan.config.launch,
         name=job_name(plan),
         comment=job_comment(folder),
         log=str(log_path(folder)),
         folder=str(cwd),
         words=tuple(words),
         nodes=plan.nodes,
+    )
+
+
+def site_spec(
+    launch: LaunchConfig, *, name: str, comment: str, log: str, folder: str, words: tuple[str, ...], nodes: int
+) -> BatchSpec:
+    """A job with what ``launch`` asks of the cluster: time, place, devices and shell lines."""
+    return BatchSpec(
+        name=name,
+        comment=comment,
+        log=log,
+        folder=folder,
+        words=words,
+        nodes=nodes,
         grace=launch.grace,
         time=launch.time,
         account=launch.account,

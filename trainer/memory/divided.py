@@ -86,12 +86,11 @@ def estimate(
         weights = replace(weights, head_copy=size * shape.vocabulary * shape.hidden)
     if shards is not None:  # layers are gathered in the compute dtype: autocast copies none of them
         weights = replace(weights, copies=0)
-    if method == "lora":
-        through = shape.layers - lowest_layer
-        trained = min(through, 0 if adapter is None else adapter.layers)
-    else:
-        trained = shape.layers - frozen_layers
-        through = trained if frozen_embeddings else shape.layers
+    trained, through = (
+        _reached_by_adapter(shape, adapter, lowest_layer)
+        if method == "lora"
+        else _reached_by_all(shape, frozen_layers, frozen_embeddings)
+    )
     whole = one_process(
         shape,
         weights,
@@ -112,6 +111,18 @@ def estimate(
     if shards is not None:
         return _by_fsdp(shape, whole, weights, shards, size=size, adapter=adapter if method == "lora" else None)
     return whole
+
+
+def _reached_by_adapter(shape: ModelShape, adapter: Adapter | None, lowest_layer: int) -> tuple[int, int]:
+    """How many layers are trained, and through how many the gradient passes."""
+    through = shape.layers - lowest_layer
+    return min(through, 0 if adapter is None else adapter.layers), through
+
+
+def _reached_by_all(shape: ModelShape, frozen_layers: int, frozen_embeddings: bool) -> tuple[int, int]:
+    """As ``_reached_by_adapter``, for full fine-tuning."""
+    trained = shape.layers - frozen_layers
+    return trained, trained if frozen_embeddings else shape.layers
 
 
 def _by_fsdp(

@@ -6,13 +6,14 @@ of these it keeps what is true there: how many ranks, on what, with how many thr
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import msgspec
 
 from trainer.config import Config
 from trainer.config.launch import LaunchConfig
+from trainer.drive.submit import site_spec
 from trainer.drive.trial import SWEEPS
 from trainer.errors import ConfigError, Problem, RunError
 from trainer.paths import shipped_slurm, write_atomic
@@ -85,27 +86,16 @@ def require_slurm() -> None:
 
 def array_spec(config: Config, registered: Registered, trials: int, at_once: int | None, cwd: Path) -> BatchSpec:
     """The array of a sweep; its logs are in outputs/sweeps/wandb/ID/logs."""
-    launch = config.launch
-    return BatchSpec(
+    spec = site_spec(
+        config.launch,
         name=f"sweep-{registered.id}",
         comment=f"trimtab sweep {registered.sweep}",
         log=str(cwd / SWEEPS / registered.id / "logs" / "task"),
         folder=str(cwd),
         words=(sys.executable, "-m", "trainer", "agent", registered.sweep),
         nodes=1,
-        grace=launch.grace,
-        time=launch.time,
-        account=launch.account,
-        partition=launch.partition,
-        qos=launch.qos,
-        constraint=launch.constraint,
-        gres=launch.gres,
-        cpus=launch.cpus,
-        mem=launch.mem,
-        options=tuple(launch.options),
-        prolog=tuple(launch.prolog),
-        array=f"1-{trials}" + ("" if at_once is None else f"%{at_once}"),
     )
+    return replace(spec, array=f"1-{trials}" + ("" if at_once is None else f"%{at_once}"))
 
 
 def submit_array(spec: BatchSpec) -> int:
