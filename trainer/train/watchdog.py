@@ -16,13 +16,14 @@ its machine write that of their main thread (``faulthandler`` on SIGUSR2; one th
 ends with an exit code of which the driver makes "run me again".
 """
 
+import ctypes
 import faulthandler
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,9 +42,7 @@ ALARM_SECONDS = 1.0
 STACKS_SECONDS = 5.0
 """What ranks on other machines have to write their stacks, before the first one ends and all are ended."""
 SETTLE_SECONDS = 0.5
-"""Between continuing ranks and asking for their stacks, and what they have to write them. A process takes a signal in
-its main thread unless that has others to deal with, as after it was stopped: then any thread gets it, and those of gloo
-have no stack of Python."""
+"""What ranks of this machine have to write their stacks."""
 STACKS = signal.SIGUSR2
 ALARM = "alarm"
 """A file beside the signs, with the words of the rank that noticed, for ranks on other machines."""
@@ -244,9 +243,8 @@ class Watchdog:
         self._write_stacks(trouble)
         others = [(rank, seen.sign) for rank, seen in self._seen.items() if rank != self._rank]
         here = {rank: sign for rank, sign in others if sign.host == self._own.host and is_running(sign)}
-        self._signal(here, signal.SIGCONT)
-        self._over.wait(SETTLE_SECONDS)
-        self._signal(here, STACKS)
+        for sign in here.values():
+            ask_for_stack(sign.pid)
         self._over.wait(SETTLE_SECONDS)
         for rank in here:
             _write(f"=== rank {rank} was asked to write its stack into its own log\n")
@@ -256,11 +254,6 @@ class Watchdog:
             self._over.wait(STACKS_SECONDS)
         _write(f"error: {trouble}. The run ends; the same command goes on from what was saved\n")
         self._end(EXIT_AGAIN)
-
-    def _signal(self, signs: Mapping[int, Sign], number: signal.Signals) -> None:
-        for sign in signs.values():
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(sign.pid, number)
 
 
 def _of_step(sign: Sign) -> str:
@@ -281,6 +274,19 @@ def is_running(sign: Sign) -> bool:
         return abs(psutil.Process(sign.pid).create_time() - sign.started) < 1.0
     except psutil.Error:
         return False
+
+
+def ask_for_stack(pid: int) -> None:
+    """Have the main thread of another process write its stack; one that is stopped is continued for that.
+
+    The question comes first, and to that thread alone: it answers before it runs on, so from where it stood. Asked as
+    a whole, a process that was stopped answers in any of its threads, and those of gloo have no stack of Python.
+    """
+    to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc >= 2.30
+    with suppress(ProcessLookupError, PermissionError):
+        if to_thread is None or to_thread(pid, pid, int(STACKS)) != 0:
+            os.kill(pid, STACKS)
+        os.kill(pid, signal.SIGCONT)
 
 
 def clear_signs(folder: Path) -> None:
