@@ -206,7 +206,7 @@ def _tokenize(
     )
     digests = {name: rows_digest(split) for name, split in rows.splits.items()}
     key = content_key(digests, template.text if template else "", tokenizer_folder, options)
-    found = find_tokens(cache, key)
+    found = find_tokens(cache, key, warn=console.warn)
     if found is not None:
         return found
     encoder = ChatEncoder(tokenizer, template, loss_on=data.loss_on)
