@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -380,8 +379,3 @@ def _elements(parameter: nn.Parameter) -> int:
     """Two weights of 4 bits are one byte; bitsandbytes keeps the shape of the whole beside them."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
-
-
-def adapter_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that trained weights are kept in (float32 unless something went wrong)."""
-    return next(iter(trainable_parameters(model).values())).dtype

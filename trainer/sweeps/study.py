@@ -75,11 +75,6 @@ class Study:
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise _unusable(journal, f"{type(fault).__name__}: {fault}") from None
 
-    @property
-    def grid_size(self) -> int | None:
-        """Combinations of a grid; None for other searches."""
-        return len(self._grid) if self._space.method == "grid" else None
-
     def trials(self) -> list[Trial]:
         """Every trial so far, by number."""
         return [_trial(frozen) for frozen in self._study.get_trials(deepcopy=False)]
