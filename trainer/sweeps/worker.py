@@ -17,6 +17,7 @@ from trainer.sweeps.folder import SweepFolder, deciding, read_settings, take_cla
 from trainer.sweeps.space import SearchSpace
 from trainer.sweeps.study import Study, Trial, overrides_of
 from trainer.sweeps.trial import Ended, run_trial
+from trainer_launch.signals import heeding
 
 WAIT_SECONDS = 0.5
 """How long a worker waits for the first trial to have prepared what all of them need."""
@@ -183,12 +184,5 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
             console.say(f"{signal.Signals(number).name}: every trial saves and ends")
         stop.set()
 
-    before = {number: signal.getsignal(number) for number in HEEDED}
-    for number in HEEDED:
-        if before[number] != signal.SIG_IGN:  # nohup
-            signal.signal(number, on_signal)
-    try:
+    with heeding(HEEDED, on_signal):
         yield
-    finally:
-        for number in HEEDED:
-            signal.signal(number, before[number])
