@@ -31,6 +31,8 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+WHY = "why"
+"""Note of a trial that failed: what was wrong."""
 STARTUP = 10
 """Random trials before TPE learns from them; a quarter of a short sweep, but at least four."""
 

@@ -11,11 +11,12 @@ from types import FrameType
 from typing import Literal
 
 from trainer import console
+from trainer.compose import quoted
 from trainer.console import format_seconds
 from trainer.markers import read_marker
 from trainer.sweeps.folder import SweepFolder, deciding, read_settings, take_claim
 from trainer.sweeps.space import SearchSpace
-from trainer.sweeps.study import Study, Trial, overrides_of
+from trainer.sweeps.study import WHY, Study, Trial, overrides_of
 from trainer.sweeps.trial import Ended, run_trial
 from trainer_launch.signals import heeding
 
@@ -24,7 +25,6 @@ WAIT_SECONDS = 0.5
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FAILURES = "failures"
 """Note of a trial: starts that failed, the one that is going on among them until it has ended otherwise."""
-WHY = "why"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def do_turn(sweep: Sweep, turn: Turn, variables: dict[str, str]) -> None:
         study,
         number,
         sweep.folder.run(number),
-        [*sweep.words, *drawn, f"run.dir={_quoted(str(sweep.folder.run(number).root))}"],
+        [*sweep.words, *drawn, f"run.dir={quoted(str(sweep.folder.run(number).root))}"],
         metric=sweep.space.metric.name,
         log=sweep.folder.log(number),
         variables=variables,
@@ -142,10 +142,6 @@ def _fail(study: Study, number: int, why: str) -> None:
 
 def _time(study: Study, number: int) -> str:
     return format_seconds(study.trials()[number].seconds or 0.0)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 def work_together(sweep: Sweep, shares: Sequence[dict[str, str]]) -> None:
