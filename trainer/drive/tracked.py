@@ -18,7 +18,7 @@ from trainer import console
 from trainer.compose import config_text
 from trainer.config.tracking import TrackingConfig
 from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, without_links, write_atomic
 from trainer.plan import RunPlan, dump_plan, load_plan
 from trainer.surroundings import agents_run, has_wandb_login, in_use, wandb_mode
 from trainer.tracker_state import OFFLINE, read_state
@@ -81,7 +81,7 @@ class Beside:
         self._folder.logs.mkdir(exist_ok=True)
         words = [sys.executable, "-m", "trainer.tracking", str(self._folder.root)]
         try:
-            with self._folder.tracking_log.open("ab") as log:
+            with open(self._folder.tracking_log, "ab", opener=without_links) as log:
                 self._process = subprocess.Popen(
                     words, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
