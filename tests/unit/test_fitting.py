@@ -309,7 +309,7 @@ def test_gpus_that_are_not_here_are_only_planned_for(
     problem = refused(tmp_path, *words, devices=LAPTOP)
     assert (problem.what, problem.got) == ("describes GPUs that this machine does not have", "8 of 80 GB")
     assert problem.allowed == "null: there is no GPU here"
-    monkeypatch.setattr(run, "_devices", lambda config: LAPTOP)
+    monkeypatch.setattr(run, "devices_here", lambda config: LAPTOP)
     config = planned(tmp_path, *words, devices=replace(EIGHT, gpu_memory=80 * GB)).config
     assert run.do_new("plan", config, cwd=tmp_path, command="") == EXIT_DONE
     printed = capsys.readouterr().out

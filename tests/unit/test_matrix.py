@@ -38,9 +38,9 @@ def table() -> dict[tuple[str, str, str], str]:
     ]
     head, *body = [[cell.strip() for cell in row] for row in rows]
     layouts = [cell.strip("`") for cell in head[1:]]
-    named = [(*re.findall(r"`([^`]+)`", row[0]), "")[:2] for row in body]
+    named = [(*re.findall(r"`([^`]+)`", row[0]), "") for row in body]
     return {
-        (*name, layout): cell
+        (name[0], name[1], layout): cell
         for name, row in zip(named, body, strict=True)
         for layout, cell in zip(layouts, row[1:], strict=True)
     }

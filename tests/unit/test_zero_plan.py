@@ -53,7 +53,7 @@ def test_without_deepspeed_the_plan_says_what_to_install(tmp_path: Path, name: s
 def test_the_driver_looks_what_is_installed(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: object() if name == found else None)
     monkeypatch.setattr(run, "visible_gpus", lambda: 0)
-    devices = run._devices(Config())
+    devices = run.devices_here(Config())
     assert (devices.deepspeed, devices.bitsandbytes) == (found == "deepspeed", found == "bitsandbytes")
 
 

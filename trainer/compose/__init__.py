@@ -15,7 +15,7 @@ import msgspec
 import yaml
 from hydra.core.override_parser.types import Override
 
-from trainer.compose.command_line import multirun, read_command_line
+from trainer.compose.command_line import multirun, quoted, read_command_line
 from trainer.compose.library import PACKAGE_LINE, Layer, Library, find_layers
 from trainer.compose.merge import apply_values, compose_files, resolve
 from trainer.config import Config
@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.redaction import REDACTED, is_secret_name, looks_secret, redact
 from trainer.schema import Locate, describe, field_docs, field_hints, fit, shape
 
-__all__ = ["compose", "config_text", "expand_multirun", "help_text"]
+__all__ = ["compose", "config_text", "expand_multirun", "help_text", "quoted"]
 
 
 def compose(overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> Config:

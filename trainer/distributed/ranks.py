@@ -97,14 +97,6 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on at least one rank."""
-        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item() > 0)
-
-    def from_first(self, value: int) -> int:
-        """Rank 0's ``value``, on every rank."""
-        return int(self.sum_over_ranks(torch.tensor(value if self.is_first else 0, dtype=torch.int64)).item())
-
     def gather(self, value: T) -> list[T]:
         """The values of all ranks in the order of ranks. They travel as pickle, between processes of one run only."""
         if self.world_size == 1:
