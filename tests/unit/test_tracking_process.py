@@ -1,5 +1,8 @@
 """The process beside a run, with the real W&B client and a server on this machine: each step arrives once, whatever."""
 
+import base64
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -8,14 +11,19 @@ from pathlib import Path
 
 import pytest
 from tracking_fixtures import make_run, track, write_steps
-from wandb_server import WandbServer
+from wandb_operations import Artifact
+from wandb_server import KEY, WandbServer
 
 from trainer.drive.tracked import sync_runs
 from trainer.errors import EXIT_DONE, EXIT_STOPPED
+from trainer.markers import Marker, write_marker
+from trainer.paths import RunFolder, write_atomic
 from trainer.tracker_state import OFFLINE, read_state
 from trainer.tracking.send import begun
 
 CHECKOUT = Path(__file__).parents[2]
+CANARY = "hf_CanaryCanaryCanaryCanaryCanary0001"
+MANIFEST = "wandb_manifest.json"
 
 
 @pytest.fixture
@@ -118,3 +126,60 @@ def test_a_run_of_an_agent_is_the_agents_and_gets_all_of_it(tmp_path: Path, monk
     assert (begun(folder, "wandb").run, begun(folder, "tensorboard").run == "agents") == ("agents", False)
     monkeypatch.delenv("WANDB_RUN_ID")
     assert begun(folder, "wandb").run == "agents"
+
+
+def test_texts_and_weights_are_versions_of_artifacts_and_hold_no_secret(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    folder, plan = make_run(tmp_path, "tracking=wandb", "tracking.upload=[text,weights]", "tracking.name=mine")
+    write_steps(folder, 3)
+    write_export(folder, b"first weights")
+    write_predictions(folder, f"my key is {CANARY}")
+    track(folder, plan)
+    assert read_state(folder, "wandb").complete
+    model, table = sorted(server.artifacts.values(), key=lambda one: one.kind, reverse=True)
+    assert (model.name, model.kind, set(model.aliases), model.committed) == ("mine", "model", {"best", "latest"}, True)
+    assert (table.name, table.kind, table.committed) == ("mine-tuned", "evaluation", True)
+    assert digests(model) == {path.name: md5(path.read_bytes()) for path in folder.adapter.iterdir()}
+    assert {name: md5(content) for name, content in model.files.items() if name != MANIFEST} == digests(model)
+    told = json.loads(table.files["predictions.table.json"])
+    assert told["columns"] == ["id", "answer", "text", "correct"]
+    assert told["data"] == [["row-1", "MIT", "my key is [redacted]", "False"]]
+
+    write_export(folder, b"better weights")  # trained further: another version of the same artifact, and no other table
+    write_steps(folder, 5)
+    track(folder, plan)
+    first, again = (one for one in server.artifacts.values() if one.kind == "model")
+    assert (again.name, set(again.aliases), again.committed) == ("mine", {"best", "latest"}, True)
+    assert digests(again)["config.json"] == digests(first)["config.json"]
+    assert digests(again)["adapter.safetensors"] == md5(b"better weights") != digests(first)["adapter.safetensors"]
+    assert again.files.get("adapter.safetensors") == b"better weights"
+    assert (len(server.artifacts), server.unknown) == (3, [])
+    for request in server.requests:
+        for secret in (CANARY, KEY):
+            assert secret.encode() not in request.body + f"{request.path} {request.headers}".encode()
+
+
+def write_export(folder: RunFolder, weights: bytes) -> None:
+    """An adapter of two files, and the word that it is finished."""
+    write_atomic(folder.adapter / "adapter.safetensors", weights)
+    write_atomic(folder.adapter / "config.json", "{}")
+    write_marker(folder, Marker(stage="export", inputs="", seconds=1.0, finished="2026-01-01T00:00:00+00:00"))
+
+
+def write_predictions(folder: RunFolder, text: str) -> None:
+    """One answer of the tuned model."""
+    row = {"id": "row-1", "answer": "MIT", "text": text, "correct": False}
+    write_atomic(folder.evaluation / "tuned.predictions.jsonl", json.dumps(row) + "\n")
+
+
+def digests(artifact: Artifact) -> dict[str, str]:
+    """What the manifest of ``artifact`` says of its files."""
+    contents = json.loads(artifact.files[MANIFEST])["contents"]
+    return {name: entry["digest"] for name, entry in contents.items()}
+
+
+def md5(content: bytes) -> str:
+    """The digest that W&B has of a file."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()

@@ -123,7 +123,8 @@ def _space(
                 allowed="a file, or a=1,2 with -m",
                 do="leave out one of them",
             )
-        return (*grid_of(overrides, config_dir=config_dir, cwd=cwd), [])
+        grid, fixed = grid_of(overrides, config_dir=config_dir, cwd=cwd)
+        return grid, fixed, []
     if not name:
         raise ConfigError(
             "which sweep?",
