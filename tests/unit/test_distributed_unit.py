@@ -122,6 +122,12 @@ def test_the_same_parts_give_the_same_noise_and_others_do_not() -> None:
     assert len(seen) == 7
 
 
+@pytest.mark.parametrize(("parts", "wanted"), [((5, 3, 7), 0.04914356042374968), ((2**40, 1), 0.8839814678254124)])
+def test_a_run_that_an_older_version_began_goes_on_with_its_noise(parts: tuple[int, ...], wanted: float) -> None:
+    seed_all(*parts)
+    assert float(np.random.random()) == wanted
+
+
 # -- plain strategy ------------------------------------------------------------------------------------------------
 
 
