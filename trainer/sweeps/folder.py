@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from trainer.errors import RunError
+from trainer.identity import flatten
 from trainer.paths import RunFolder, without_links, write_atomic
 
 FORMAT = 1
@@ -173,7 +174,7 @@ def write_settings(folder: SweepFolder, settings: Settings) -> None:
 
 
 def _require_same(folder: SweepFolder, stored: Settings, settings: Settings) -> None:
-    before, now = _flat(asdict(stored)), _flat(asdict(settings))
+    before, now = flatten(asdict(stored)), flatten(asdict(settings))
     names = [name for name in dict.fromkeys([*before, *now]) if name != "trials"]
     differing = [
         f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)
@@ -186,13 +187,6 @@ def _require_same(folder: SweepFolder, stored: Settings, settings: Settings) -> 
             allowed="the same command again, with more sweep.trials, or other sweep.workers and sweep.retries",
             do="type the command as it was, or set sweep.dir to another folder",
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 
@@ -42,6 +42,9 @@ class StepRecord:
     epoch: float
     seconds: dict[str, float]
     memory_gb: float
+
+
+_NAMES = [field.name for field in fields(StepRecord)]
 
 
 class MetricsFile:
@@ -81,7 +84,9 @@ class MetricsFile:
         Raises:
             RunError: another process writes this file.
         """
-        values = asdict(record) | {f"val_{name}": value for name, value in figures.items()}
+        values = {name: getattr(record, name) for name in _NAMES} | {
+            f"val_{name}": value for name, value in figures.items()
+        }
         self._still_ours()
         with self._lock:
             first = not self._waiting
