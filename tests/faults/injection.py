@@ -102,7 +102,7 @@ class SaveBench:
         words = ["strace", "-f", "-qq", "-p", str(child), "-o", str(self.folder / "trace")]
         words += ["-e", f"trace={syscall}", "-e", f"inject={syscall}:{fault}:when={number}"]
         tracer = subprocess.Popen(words, stderr=subprocess.PIPE)
-        _wait_until_traced(child)
+        _wait_until_traced(child, tracer)
         os.write(go[1], b"x")
         _, status = os.waitpid(child, 0)
         tracer.communicate()
@@ -150,10 +150,12 @@ class SaveBench:
             parameter.data.add_(0.5)
 
 
-def _wait_until_traced(pid: int) -> None:
-    """Until the kernel says that somebody traces ``pid``."""
-    status = Path(f"/proc/{pid}/status")
-    while "TracerPid:\t0" in status.read_text():
+def _wait_until_traced(pid: int, tracer: subprocess.Popen[bytes]) -> None:
+    """Until ``tracer`` has tied itself to ``pid`` and waits for its calls: between the two, calls would be missed."""
+    status, state = Path(f"/proc/{pid}/status"), Path(f"/proc/{tracer.pid}/stat")
+    while "TracerPid:\t0" in status.read_text() or state.read_text("utf-8").rpartition(") ")[2][0] != "S":
+        if tracer.poll() is not None:
+            raise RuntimeError(f"strace cannot trace: {tracer.communicate()[1].decode()}")
         time.sleep(0.001)
 
 

@@ -57,7 +57,7 @@ def past(lab: Cluster, root: Path) -> Past:
         for job in (cancelled, runs["pending"].submit(later)):
             lab.ask("scancel", str(job))
         runs["failed"].submit(dataclasses.replace(spec, words=words))
-        until(lambda: not lab.jobs(), "all are over, and forgotten", 180)
+        until(lambda: not lab.jobs(), "all are over, and forgotten", 300)
     return made
 
 

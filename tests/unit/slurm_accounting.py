@@ -69,11 +69,11 @@ def _start_accounting(lab: Cluster, port: int) -> None:
     words = ["mariadbd", "--no-defaults", f"--user={user}", f"--datadir={database}", f"--socket={socket}"]
     small = ["--skip-networking", "--innodb-buffer-pool-size=16M", "--innodb-lock-wait-timeout=900"]
     lab.start("mariadbd", *words, *small)
-    until(socket.exists, "the database listens", 60)
+    until(socket.exists, "the database listens")
     conf = lab.folder / "slurmdbd.conf"
     conf.touch(mode=0o600)
     conf.write_text(STORAGE.format(folder=lab.folder, port=port, user=user))
     lab.environment["MYSQL_UNIX_PORT"] = str(socket)
     lab.start("slurmdbd", "slurmdbd", "-D")
-    until(lambda: "Cluster" in lab.ask("sacctmgr", "list", "cluster", check=False), "slurmdbd answers", 60)
+    until(lambda: "Cluster" in lab.ask("sacctmgr", "list", "cluster", check=False), "slurmdbd answers")
     lab.ask("sacctmgr", "-i", "add", "cluster", "tests")

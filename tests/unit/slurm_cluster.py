@@ -25,6 +25,8 @@ from slurm_networks import CONTROLLER, Networks
 CHECKOUT = Path(__file__).parents[2]
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])  # noqa: TID251
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PATIENCE = 180.0
+"""Seconds for what takes two on a quiet machine: what Slurm does not answer in time is asked again after 15."""
 KILL_WAIT = 5
 GRACE = 10
 """Seconds that a preempted job has."""
@@ -80,7 +82,7 @@ def why_not() -> str:
     return f"Slurm is not installed: no {', '.join(missing)} (.ci/setup installs it)" if missing else ""
 
 
-def until(what: Callable[[], bool], said: str, seconds: float = 60) -> None:
+def until(what: Callable[[], bool], said: str, seconds: float = PATIENCE) -> None:
     """Ask Slurm again and again: it tells nobody when something happens."""
     deadline = time.monotonic() + seconds
     while not what():
@@ -211,7 +213,7 @@ class Cluster:
         words = self.ask("scontrol", "show", "job", "-o", str(job)).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def wait_for(self, job: int, *states: str, seconds: float = 60) -> str:
+    def wait_for(self, job: int, *states: str, seconds: float = PATIENCE) -> str:
         """Wait until a job is in one of the states."""
         until(lambda: self.field(job, "JobState") in states, f"job {job} in {states}", seconds)
         return self.field(job, "JobState")
@@ -293,7 +295,7 @@ def _start(made: Cluster, before: Callable[[Cluster], None]) -> None:
     words = [f"--{option}={munge / name}" for option, name in files.items()]
     made.folder.chmod(0o755)  # munged refuses a socket that others could not reach
     made.start("munged", "munged", "--foreground", "--force", *words)
-    until(lambda: (munge / "socket").exists(), "munged listens", 20)
+    until(lambda: (munge / "socket").exists(), "munged listens")
     (made.folder / "state").mkdir()
     before(made)
     made.start_controller()
@@ -303,4 +305,4 @@ def _start(made: Cluster, before: Callable[[Cluster], None]) -> None:
     def idle() -> bool:
         return len(set(made.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())) == len(made.nodes)
 
-    until(idle, f"all nodes are idle; see {made.folder}", 60)
+    until(idle, f"all nodes are idle; see {made.folder}")
