@@ -22,6 +22,8 @@ NAMING = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_ENTITY", "WANDB_PROJECT", "WA
 """What the agent tells a trial. The others of its variables are the user's own, and are there at the next start too."""
 RECORD = "TRIMTAB_TRIAL"
 """Where a trial leaves word of itself for the process that started the agent, which says nothing of how it ended."""
+ALONE = "TRIMTAB_TRIAL_ALONE"
+"""Set for a trial that goes on without its agent: what the sweep decides of it, nobody else will tell it."""
 _ID = re.compile(r"[A-Za-z0-9_\-]+")
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -53,6 +55,12 @@ def record_path(trial: Assignment, sweeps: Path) -> Path:
     return Path(told) if told else sweeps / trial.sweep / "trials" / f"{trial.run}.json"
 
 
+def has_no_agent(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is a trial that nobody but itself asks the sweep about."""
+    told = os.environ if environment is None else environment  # noqa: TID251
+    return assignment(told) is not None and bool(told.get(ALONE))
+
+
 def agent_words(sweep: str) -> tuple[str, ...]:
     """What asks the sweep ENTITY/PROJECT/ID for one trial, starts it, and waits for its end."""
     return (sys.executable, "-m", "wandb", "agent", "--count", "1", "--forward-signals", sweep)
@@ -60,14 +68,15 @@ def agent_words(sweep: str) -> tuple[str, ...]:
 
 def agent_environment(record: Path) -> dict[str, str]:
     """The environment of the agent: no trial yet, and this Python is the first ``python`` on the PATH."""
-    own = {name: value for name, value in os.environ.items() if name not in ("WANDB_SWEEP_ID", "WANDB_RUN_ID")}  # noqa: TID251
+    not_its = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", ALONE)
+    own = {name: value for name, value in os.environ.items() if name not in not_its}  # noqa: TID251
     path = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)])
     return {**own, "PATH": path, RECORD: str(record)}
 
 
 def trial_environment(record: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a trial that goes on: what the agent told it at its first start."""
-    return {**agent_environment(record), **variables}
+    """The environment of a trial that goes on: what the agent told it at its first start, and that there is none."""
+    return {**agent_environment(record), **variables, ALONE: "1"}
 
 
 def run_and_pass_on(words: Sequence[str], environment: Mapping[str, str], *, forward: bool) -> tuple[int, bool]:

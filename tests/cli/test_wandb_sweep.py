@@ -114,9 +114,12 @@ def test_six_trials_of_which_one_is_killed(server: WandbServer, tmp_path: Path) 
 def test_a_trial_goes_on_under_its_run_and_one_that_the_sweep_stops_is_over(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    """The first is stopped by hand and goes on to its end; the second is stopped by the sweep (hyperband)."""
+    """The first is stopped by hand and goes on to its end; the second is stopped by the sweep (hyperband).
+
+    The third is stopped by hand, and by the sweep when it has no agent any more.
+    """
     body = yaml.safe_load((shipped_conf() / "sweep" / "smoke.yaml").read_text())
-    body |= {"method": "grid", "run_cap": 2, "parameters": {"optim.max_steps": {"values": [20, 400]}}}
+    body |= {"method": "grid", "run_cap": 3, "parameters": {"optim.max_steps": {"values": [20, 400, 4000]}}}
     (tmp_path / "lengths.yaml").write_text(yaml.safe_dump({**body, "early_terminate": None}))
     code, said = done(server, tmp_path, "trainer", "sweep", "sweep=lengths.yaml", "sweep.engine=wandb", *FAST)
     assert code == 0, said
@@ -137,6 +140,14 @@ def test_a_trial_goes_on_under_its_run_and_one_that_the_sweep_stops_is_over(
     code, said = ended(start(server, tmp_path, *agent), lambda: server.stopping.add(sweep.runs[1]))
     assert code == 0, said
     assert f"the sweep has stopped this trial: W&B run {sweep.runs[1]}" in said
+    third = start(server, tmp_path, *agent)
+    code, said = ended(third, lambda: third.send_signal(signal.SIGTERM))
+    assert code == 75, said
+    server.stopped.add(sweep.runs[2])
     code, said = done(server, tmp_path, *agent)
-    assert (code, len(sweep.runs)) == (0, 2), said
+    assert code == 0, said
+    assert f"the trial goes on: W&B run {sweep.runs[2]}" in said
+    assert f"the sweep has stopped this trial: W&B run {sweep.runs[2]}" in said
+    code, said = done(server, tmp_path, *agent)
+    assert (code, len(sweep.runs)) == (0, 3), said
     assert "the sweep gave no trial" in said

@@ -18,8 +18,8 @@ from trainer.sweeps import command
 from trainer.sweeps.command import grid_of, require_extra, share_out
 from trainer.sweeps.pictures import draw_importances, draw_parallel
 from trainer.sweeps.results import best_experiment
-from trainer.sweeps.space import read_sweep
 from trainer.sweeps.study import Trial
+from trainer.sweeps.usable import read_sweep
 from trainer.sweeps.words import read_words, words_help
 from trainer.sweeps.worker import stopped_by_signals
 from trainer_launch.devices import share

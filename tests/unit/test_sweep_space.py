@@ -10,7 +10,8 @@ from trainer.compose import compose
 from trainer.errors import ConfigError
 from trainer.paths import shipped_conf
 from trainer.sweeps.figures import reported_figures
-from trainer.sweeps.space import Hyperband, SearchSpace, read_sweep, sweep_files, trial_base
+from trainer.sweeps.space import Hyperband, SearchSpace, sweep_files, trial_base
+from trainer.sweeps.usable import read_sweep
 
 GOOD: dict[str, Any] = {
     "method": "random",
@@ -155,6 +156,57 @@ def test_what_is_wrong_with_a_parameter(
 ) -> None:
     found = refused(tmp_path, parameters={name: body})
     assert any(f[0] == f"parameters.{name}{where}" and f[1].startswith(what) and do in f[2] for f in found), found
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    """Mistakes of form, unknown keys, values of several parameters, and the metric, in one file and one answer."""
+    found = refused(
+        tmp_path,
+        methd="bayes",
+        run_cap=0,
+        metric={"name": "val_los", "goal": "low"},
+        parameters={
+            "optim.lrr": {"value": 1.0},
+            "optim.lr": {"values": ["fast", 1e-4, -1.0]},
+            "run.time_limit": {"values": [None, 3]},
+            "method.rank": {"min": 8, "max": 2},
+            "optim.warmup": {"value": 2.0},
+            "data.system": {"values": ["a(b", "fine"]},
+            "method": {"values": ["qlor", "full"]},
+            "method.dropout": {"values": [0.1]},
+        },
+    )
+    assert {(where, what) for where, what, _ in found} == {
+        ("methd", "unknown key"),
+        ("metric.goal", "unknown goal"),
+        ("metric.name", "the run never reports this figure"),
+        ("parameters.data.system", "cannot read this override"),
+        ("parameters.method", "has no effect with method.name=full"),  # keys of the experiment, which name no parameter
+        ("parameters.method", "unknown choice of the group 'method'"),
+        ("parameters.method.dropout", "has no effect with method.name=full"),
+        ("parameters.method.rank", "is an empty range"),
+        ("parameters.optim.lr", "does not fit"),
+        ("parameters.optim.lrr", "unknown key"),
+        ("parameters.optim.warmup", "does not fit"),
+        ("parameters.run.time_limit", "null cannot be swept: W&B would write it as the text None"),
+        ("run_cap", "does not fit"),
+    }
+    assert sorted(what for where, what, _ in found if where == "parameters.optim.lr") == ["does not fit"] * 2
+
+
+def test_a_mistake_of_the_run_is_not_laid_on_a_parameter(tmp_path: Path) -> None:
+    assert [where for where, _, _ in refused(tmp_path, "eval.metric=accuracy")] == ["eval.generate_rows"]
+    found = refused(tmp_path, "optim.clip_nrm=1", methd="x", parameters={"optim.lrr": {"value": 1.0}})
+    assert [where for where, _, _ in found] == ["methd", "command line: optim.clip_nrm", "parameters.optim.lrr"]
+
+
+def test_without_a_readable_command_the_run_is_not_judged(tmp_path: Path) -> None:
+    """The experiment, and with it the data, may stand in the command; the values are tried all the same."""
+    found = refused(tmp_path, command="python -m trainer", parameters={"optim.lr": {"values": [-1.0]}})
+    assert [(where, what) for where, what, _ in found] == [
+        ("command", "must be a list of words"),
+        ("parameters.optim.lr", "does not fit"),
+    ]
 
 
 @pytest.mark.parametrize("value", ["'a, b = c'", "plain words", "org/name@rev", "15:"])

@@ -236,6 +236,14 @@ def test_nothing_is_registered_that_would_fail(
     assert server.requests == []
 
 
+def test_what_is_wrong_with_file_and_command_line_is_said_at_once(server: WandbServer, tmp_path: Path) -> None:
+    changed = {"methd": "grid", "parameters": {"optim.lrr": {"values": [1.0]}}}
+    with pytest.raises(ConfigError) as refused:
+        sweep(tmp_path, file(tmp_path, **changed), "eval.evry=2")
+    wheres = [problem.where for problem in refused.value.problems]
+    assert wheres == ["mine.yaml: methd", "command line: eval.evry", "mine.yaml: parameters.optim.lrr"]
+
+
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An sbatch that takes everything."""
     tool = tmp_path / "bin" / "sbatch"

@@ -27,7 +27,14 @@ from trainer.drive.trial import (
 from trainer.errors import UserError
 from trainer.paths import RunFolder
 from trainer_launch import slurm
-from trainer_launch.agents import agent_environment, assignment, run_and_pass_on, trial_environment
+from trainer_launch.agents import (
+    ALONE,
+    agent_environment,
+    assignment,
+    has_no_agent,
+    run_and_pass_on,
+    trial_environment,
+)
 
 TOLD = {"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "r1", "WANDB_PROJECT": "demo", "HOME": "/home/me"}
 TRIAL = Trial(sweep="sw1", run="r1", variables={}, words=["+experiment=smoke"], folder="/runs/r1")
@@ -155,7 +162,7 @@ def test_by_hand_a_stopped_trial_goes_on_and_a_failed_one_does_not(tmp_path: Pat
         assert free_task(tmp_path, stack).root.name == "by_hand-3"
 
 
-@pytest.mark.parametrize("words", [[], ["a/b/c/d"], ["demo/sw1", "optim.lr=1"], ["a/b/"], ["optim.lr=1"]])
+@pytest.mark.parametrize("words", [[], ["a/b/c/d"], ["demo/sw1", "optim.lr=1"], ["a/b/"], ["optim.lr=1"], ["--count"]])
 def test_an_agent_takes_one_sweep(words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         read_sweep(words)
@@ -169,12 +176,18 @@ def test_sweeps_are_named_as_wandb_prints_them() -> None:
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-def test_an_agent_finds_this_python_and_no_earlier_trial(told: Path, tmp_path: Path) -> None:
+def test_an_agent_finds_this_python_and_no_earlier_trial(
+    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = agent_environment(tmp_path / "trial.json")
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment["TRIMTAB_TRIAL"] == str(tmp_path / "trial.json")
     assert "WANDB_RUN_ID" not in environment
-    assert trial_environment(tmp_path / "trial.json", {"WANDB_RUN_ID": "r1"})["WANDB_RUN_ID"] == "r1"
+    assert not has_no_agent()
+    alone = trial_environment(tmp_path / "trial.json", {"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "r1"})
+    assert (alone["WANDB_RUN_ID"], has_no_agent(alone)) == ("r1", True)
+    monkeypatch.setenv(ALONE, "1")
+    assert ALONE not in agent_environment(tmp_path / "trial.json")  # an agent that a trial starts is one again
 
 
 @pytest.mark.parametrize(("forward", "code"), [(True, 7), (False, 0)])

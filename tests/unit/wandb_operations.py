@@ -77,6 +77,8 @@ class Store:
         self.artifacts: dict[str, Artifact] = {}
         self.stopping: set[str] = set()
         """Runs that the sweep ends early: their agents are told so at their next heartbeat."""
+        self.stopped: set[str] = set()
+        """Runs that are to end, by a person on their page or by their sweep: their own client is told, if it asks."""
         self.unknown: list[str] = []
         self._numbers = itertools.count(1)
 
@@ -218,7 +220,7 @@ def _resume_status(server: Store, values: Values) -> Any:
 
 
 def _stopped_status(server: Store, values: Values) -> Any:
-    return {"project": {"run": {"stopped": False}}}
+    return {"project": {"run": {"stopped": values["runId"] in server.stopped}}}
 
 
 def _create_files(server: Store, values: Values) -> Any:

@@ -163,10 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
             errors = [{"message": f"unknown operation {operation}"}]
             self._reply({"data": data} if data is not None else {"data": None, "errors": errors})
         elif self.path.endswith("/file_stream") and self._taken("", body):
+            name = self.path.split("/")[-2]
             with wandb.changed:
-                wandb.stream(self.path.split("/")[-2], json.loads(body))
+                wandb.stream(name, json.loads(body))
                 wandb.changed.notify_all()
-            self._reply({"limits": {"rate_limit_seconds": 1}})
+            self._reply({"limits": {"rate_limit_seconds": 1}, "stopped": name in wandb.stopped})
         elif self._taken("", body):
             wandb.unknown.append(f"POST {self.path}")
             self._reply({}, 404)

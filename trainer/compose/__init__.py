@@ -21,7 +21,7 @@ from trainer.compose.merge import apply_values, compose_files, resolve
 from trainer.config import Config
 from trainer.errors import ConfigError, Problem
 from trainer.redaction import REDACTED, is_secret_name, looks_secret, redact
-from trainer.schema import Locate, describe, field_docs, field_hints, fit, shape
+from trainer.schema import Locate, field_hints, fit, section_help, shape
 
 __all__ = ["compose", "config_text", "expand_multirun", "help_text", "quoted"]
 
@@ -144,15 +144,8 @@ def help_text(*, config_dir: Path | None, cwd: Path) -> str:
     lines += [f"  {name:20} {_first_comment(path)}" for name, path in library.groups.get("experiment", {}).items()]
     lines += ["", "Searched: " + ", ".join(str(directory) for directory in library.directories), ""]
     lines.append("Keys (key=value):")
-    defaults = cast("dict[str, dict[str, Any]]", msgspec.to_builtins(Config()))
     for section, hint in field_hints(Config).items():
-        kind = shape(hint).core
-        docs = field_docs(kind)
-        lines += ["", f"{section}: {' '.join((kind.__doc__ or '').split())}"]
-        for name, entry in field_hints(kind).items():
-            default = msgspec.json.encode(defaults[section][name]).decode()
-            lines.append(f"  {section}.{name}={default}  ({describe(entry)})")
-            lines.append(f"      {docs[name]}")
+        lines += ["", *section_help(section, shape(hint).core)]
     return "\n".join(lines) + "\n"
 
 

@@ -66,10 +66,12 @@ def layout_row(entry: Considered) -> list[str]:
 
 def devices_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Where the ranks are, and how they share the work."""
-    reserve = "" if plan.config.parallel.name != "auto" else f" less {plan.config.parallel.memory_reserve:.0%} reserve"
+    reserve = (
+        f", {plan.config.parallel.memory_reserve:.0%} kept in reserve" if plan.config.parallel.name == "auto" else ""
+    )
     rows = [("devices", f"{plan.world_size} x {plan.device}, {plan.threads} threads each, {plan.strategy}")]
     if plan.considered:
-        rows.append(("layout", f"{layout_of(plan).label}; {gigabytes(plan.considered[-1].room)} there{reserve}"))
+        rows.append(("layout", f"{layout_of(plan).label}; {gigabytes(plan.considered[-1].room)} for a rank{reserve}"))
     return rows
 
 

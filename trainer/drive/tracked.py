@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,10 +19,11 @@ from trainer import console
 from trainer.compose import config_text
 from trainer.config.tracking import TrackingConfig
 from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, without_links, write_atomic
 from trainer.plan import RunPlan, dump_plan, load_plan
 from trainer.surroundings import agents_run, has_wandb_login, in_use, wandb_mode
 from trainer.tracker_state import OFFLINE, read_state
+from trainer_launch import agents
 
 INSTALL = {
     "wandb": "pip install 'trimtab[wandb]'",
@@ -74,19 +76,43 @@ class Beside:
     def __init__(self, folder: RunFolder, plan: RunPlan) -> None:
         self._folder, self._tracking = folder, plan.config.tracking
         self._process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
         self.code = EXIT_FAILURE
 
     def start(self) -> None:
-        """Start it; that it cannot be started is a warning."""
+        """Start it; that it cannot be started is a warning.
+
+        A trial of a sweep that has no agent any more hears through it that the sweep ends it: by SIGTERM, which is how
+        its agent would have told it.
+        """
         self._folder.logs.mkdir(exist_ok=True)
         words = [sys.executable, "-m", "trainer.tracking", str(self._folder.root)]
+        heard, told = os.pipe() if agents.has_no_agent() else (None, None)
+        words += [] if told is None else ["--stop-to", str(told)]
         try:
-            with self._folder.tracking_log.open("ab") as log:
+            with open(self._folder.tracking_log, "ab", opener=without_links) as log:
                 self._process = subprocess.Popen(
-                    words, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    words,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=() if told is None else (told,),
                 )
         except OSError as fault:
             console.warn(f"tracking could not be started: {fault}")
+        finally:
+            if told is not None:
+                os.close(told)
+        if heard is not None:
+            threading.Thread(target=self._listen, args=(heard,), name="sweep", daemon=True).start()
+
+    def _listen(self, heard: int) -> None:
+        """Stop this process when the sweep asks for it; the pipe ends with those who could."""
+        with open(heard, "rb") as pipe:
+            if pipe.readline() and not self._over.is_set():
+                console.note("the sweep ends this trial")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def ends_with(self, code: int) -> None:
         """Keep the run's exit code, for the trackers."""
@@ -94,6 +120,7 @@ class Beside:
 
     def finish(self) -> None:
         """Tell the process the code and give it its time, then end it and whatever it started."""
+        self._over.set()
         if self._process is None:
             return
         process, seconds = self._process, self._tracking.finish_seconds + MARGIN_SECONDS

@@ -23,15 +23,8 @@ from trainer.plan import make_plan
 from trainer.sweeps.distributions import Parameter
 from trainer.sweeps.figures import TEST, reported_figures
 from trainer.sweeps.folder import Settings, SweepFolder, open_folder
-from trainer.sweeps.space import (
-    Metric,
-    SearchSpace,
-    find_sweep,
-    parse_sweep,
-    require_usable,
-    sweep_files,
-    trial_base,
-)
+from trainer.sweeps.space import Metric, SearchSpace, find_sweep, read_form, sweep_files, trial_base
+from trainer.sweeps.usable import require_usable
 from trainer.sweeps.with_wandb import start_with_wandb
 from trainer.sweeps.words import read_words
 from trainer_launch.devices import share_of_gpus
@@ -52,8 +45,8 @@ def do_sweep(words: Sequence[str], *, config_dir: Path | None, cwd: Path, typed:
     if asked.config.engine == "wandb":
         return start_with_wandb(asked, config_dir=config_dir, cwd=cwd, multirun=multirun)
     require_extra()
-    space, overrides = _space(asked.name, asked.overrides, config_dir, cwd, multirun=multirun)
-    config = require_usable(space, overrides, config_dir=config_dir, cwd=cwd)
+    space, overrides, wrong = _space(asked.name, asked.overrides, config_dir, cwd, multirun=multirun)
+    config = require_usable(space, overrides, config_dir=config_dir, cwd=cwd, wrong=wrong)
     base = trial_base(space, overrides)
     first = [parameter.override(parameter.examples[0]) for parameter in space.parameters]
     devices = devices_here(config)
@@ -119,7 +112,8 @@ def require_extra() -> None:
 
 def _space(
     name: str, overrides: Sequence[str], config_dir: Path | None, cwd: Path, *, multirun: bool
-) -> tuple[SearchSpace, list[str]]:
+) -> tuple[SearchSpace, list[str], list[Problem]]:
+    """The space, the words that all trials have, and what is wrong with the form of the space's file."""
     if multirun:
         if name:
             raise ConfigError(
@@ -129,7 +123,8 @@ def _space(
                 allowed="a file, or a=1,2 with -m",
                 do="leave out one of them",
             )
-        return grid_of(overrides, config_dir=config_dir, cwd=cwd)
+        grid, fixed = grid_of(overrides, config_dir=config_dir, cwd=cwd)
+        return grid, fixed, []
     if not name:
         raise ConfigError(
             "which sweep?",
@@ -138,7 +133,8 @@ def _space(
             allowed=", ".join(sweep_files(config_dir, cwd)) + "; or the path of a file",
             do="python -m trainer sweep +experiment=smoke sweep=smoke",
         )
-    return parse_sweep(find_sweep(name, config_dir=config_dir, cwd=cwd), cwd), list(overrides)
+    space, wrong = read_form(find_sweep(name, config_dir=config_dir, cwd=cwd), cwd)
+    return space, list(overrides), wrong
 
 
 def grid_of(overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> tuple[SearchSpace, list[str]]:

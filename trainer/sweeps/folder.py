@@ -17,7 +17,7 @@ import msgspec
 
 from trainer.errors import RunError
 from trainer.identity import flatten
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, without_links, write_atomic
 
 FORMAT = 1
 
@@ -196,7 +196,7 @@ def deciding(folder: SweepFolder) -> Iterator[None]:
     Raises:
         RunError: the file system has no locks.
     """
-    handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = without_links(str(folder.lock), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         _lock(handle, fcntl.LOCK_EX, folder)
         yield
@@ -212,7 +212,7 @@ def take_claim(folder: SweepFolder, number: int) -> int | None:
     Raises:
         RunError: the file system has no locks.
     """
-    handle = os.open(folder.claim(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = without_links(str(folder.claim(number)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
     except BlockingIOError:

@@ -1,27 +1,22 @@
 """A search space, read from a plain sweep file of Weights & Biases, so that one file drives W&B and Optuna.
 
 Such a file is YAML of its own kind and no group of Hydra. A trial is an ordinary command line, so every value has to
-be one that the config takes: all of them are tried on the experiment before the first trial starts, because a sweep
-that fails in its fortieth trial over a typing error has wasted a night. W&B writes ``key=value`` with Python's ``str``;
-what Hydra would not read back from that is refused here, although Optuna alone could do it.
+be one that the config takes: ``usable.py`` tries them all. W&B writes ``key=value`` with Python's ``str``; what Hydra
+would not read back from that is refused here, although Optuna alone could do it.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
-from trainer.compose import compose
-from trainer.config import Config
 from trainer.errors import ConfigError, Problem, nearest
 from trainer.paths import conf_directories
-from trainer.rules import check
 from trainer.sweeps.distributions import Parameter, read_parameter
-from trainer.sweeps.figures import TEST, reported_figures
 
 Method = Literal["random", "grid", "bayes"]
 METHODS: tuple[Method, ...] = ("random", "grid", "bayes")
@@ -72,22 +67,6 @@ class SearchSpace:
     experiment: str = ""
 
 
-def read_sweep(
-    name: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None, cwd: Path | None = None
-) -> SearchSpace:
-    """Read the sweep ``name`` (of ``conf/sweep``, or a path) and try its values on the run that ``overrides`` mean.
-
-    ``overrides``: words of a command line, ``+experiment=smoke`` for one; they come after those of the file's command.
-
-    Raises:
-        ConfigError: with everything that is wrong with the file, its keys, its values and its metric.
-    """
-    here = Path.cwd() if cwd is None else cwd
-    space = parse_sweep(find_sweep(name, config_dir=config_dir, cwd=here), here)
-    require_usable(space, overrides, config_dir=config_dir, cwd=here)
-    return space
-
-
 def sweep_files(config_dir: Path | None, cwd: Path) -> dict[str, Path]:
     """Every sweep by its name; earlier config folders win."""
     found: dict[str, Path] = {}
@@ -124,6 +103,21 @@ def parse_sweep(path: Path, cwd: Path) -> SearchSpace:
     Raises:
         ConfigError: with all that is wrong with its form.
     """
+    space, wrong = read_form(path, cwd)
+    if wrong:
+        raise ConfigError.of(wrong)
+    return space
+
+
+def read_form(path: Path, cwd: Path) -> tuple[SearchSpace, list[Problem]]:
+    """What can be read of the file at ``path``, and all that is wrong with its form.
+
+    Of a method, goal or command that cannot be read, the space has ``random``, ``minimize`` or no words; a metric or a
+    parameter that cannot be read is not in it.
+
+    Raises:
+        ConfigError: it is no YAML file with keys.
+    """
     file = path.relative_to(cwd).as_posix() if path.is_relative_to(cwd) else str(path)
     body = _read_yaml(path, file)
     found = [_unknown(f"{file}: {key}", str(key), (*KNOWN, *LABELS)) for key in body if key not in (*KNOWN, *LABELS)]
@@ -136,22 +130,10 @@ def parse_sweep(path: Path, cwd: Path) -> SearchSpace:
         found.append(Problem(what="does not fit", where=f"{file}: run_cap", got=str(run_cap), allowed="1 or more"))
     command = _command(body.get("command"), file, found)
     if method == "grid":
-        found += [
-            Problem(
-                what="has no fixed values for a grid",
-                where=f"{file}: parameters.{parameter.name}",
-                got=parameter.distribution,
-                allowed="values, value, int_uniform, q_uniform",
-                do="name the values, or method: random",
-            )
-            for parameter in parameters
-            if not parameter.is_finite
-        ]
-    if found:
-        raise ConfigError.of(found)
+        found += _without_values(parameters, file)
     fixed = _fixed_words(command)
     experiments = [word.partition("=")[2] for word in fixed if _is_experiment(word)]
-    return SearchSpace(
+    space = SearchSpace(
         name=path.stem,
         file=file,
         method=method,
@@ -163,6 +145,7 @@ def parse_sweep(path: Path, cwd: Path) -> SearchSpace:
         overrides=tuple(word for word in fixed if not _is_experiment(word) and not word.startswith("tracking")),
         experiment=experiments[-1] if experiments else "",
     )
+    return space, found
 
 
 def trial_base(space: SearchSpace, overrides: Sequence[str]) -> list[str]:
@@ -172,80 +155,9 @@ def trial_base(space: SearchSpace, overrides: Sequence[str]) -> list[str]:
     return [*experiment, *space.overrides, *(word for word in overrides if not _is_experiment(word))]
 
 
-def require_usable(space: SearchSpace, overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> Config:
-    """Try every value, one parameter after the other, on the run of ``overrides``; returns that run's config.
-
-    A range is tried at both ends. The other parameters have their first value meanwhile.
-
-    Raises:
-        ConfigError: the run itself is wrong; a key is unknown, a value is not one of its type or fits no other
-            setting; the run does not report the metric.
-    """
-    words = trial_base(space, overrides)
-    config = compose(words, config_dir=config_dir, cwd=cwd)
-    found: list[Problem] = []
-    swept = {parameter.name for parameter in space.parameters}
-    for word in overrides:
-        key = word.partition("=")[0].lstrip("+~")
-        if key in swept:
-            do = "remove it from the command line, or from the file"
-            found.append(Problem(what="is swept, and cannot be fixed as well", where=key, got=word, do=do))
-    first = [parameter.override(parameter.examples[0]) for parameter in space.parameters]
-    tried: dict[Problem, Parameter] = {}
-    for parameter, own in zip(space.parameters, first, strict=True):
-        others = [word for word in first if word != own]
-        for value in parameter.examples:
-            for problem in _problems_with([*words, *others, parameter.override(value)], config_dir, cwd):
-                tried.setdefault(problem, parameter)
-    found += [_placed(problem, space, parameter) for problem, parameter in tried.items()]
-    if space.hyperband is not None and space.metric.name.startswith(TEST):
-        what, do = (
-            "is known only at the end of a run: nothing can be ended early by it",
-            "a validation figure, val_loss",
-        )
-        found.append(Problem(what=what, where=f"{space.file}: metric.name", got=space.metric.name, do=do))
-    if not found:
-        found += _metric_problems(space, compose([*words, *first], config_dir=config_dir, cwd=cwd))
-    if found:
-        raise ConfigError.of(found)
-    return config
-
-
-def _problems_with(words: Sequence[str], config_dir: Path | None, cwd: Path) -> Sequence[Problem]:
-    try:
-        config = compose(words, config_dir=config_dir, cwd=cwd)
-    except ConfigError as error:
-        return error.problems
-    # ``auto`` is decided by the plan, which looks at the machine; most rules ask for the number.
-    return [] if config.packing.capacity == "auto" else check(config)
-
-
-def _placed(problem: Problem, space: SearchSpace, tried: Parameter) -> Problem:
-    """The problem with its place in the sweep's file: the parameter that it names, else the one that was tried."""
-    key = problem.where.removeprefix("command line: ").partition("[")[0]
-    named = any(parameter.name == key for parameter in space.parameters)
-    return replace(problem, where=f"{space.file}: parameters.{key if named else tried.name}")
-
-
-def _metric_problems(space: SearchSpace, config: Config) -> list[Problem]:
-    known = reported_figures(config)
-    if space.metric.name in known:
-        return []
-    with_answers = reported_figures(config, with_answers=True)
-    do = nearest(space.metric.name, with_answers)
-    if do and not any(f"'{name}'" in do for name in known):
-        do = f"{do} It needs eval.generate_rows=100: so many validation rows are answered and scored"
-    if space.metric.name in with_answers:
-        do = "eval.generate_rows=100: then so many validation rows are answered and scored"
-    return [
-        Problem(
-            what="the run never reports this figure",
-            where=f"{space.file}: metric.name",
-            got=space.metric.name,
-            allowed=", ".join(known) or "none: there are neither validation nor test rows",
-            do=do or "choose one of these",
-        )
-    ]
+def has_experiment(overrides: Sequence[str]) -> bool:
+    """Whether these words of a command line name an experiment."""
+    return any(_is_experiment(word) for word in overrides)
 
 
 # -- parts of the file ---------------------------------------------------------------------------------------------
@@ -318,6 +230,20 @@ def _parameters(value: object, file: str, found: list[Problem]) -> list[Paramete
             parameter = read_parameter(key, body, where, found)
             parameters += [] if parameter is None else [parameter]
     return parameters
+
+
+def _without_values(parameters: Sequence[Parameter], file: str) -> list[Problem]:
+    return [
+        Problem(
+            what="has no fixed values for a grid",
+            where=f"{file}: parameters.{parameter.name}",
+            got=parameter.distribution,
+            allowed="values, value, int_uniform, q_uniform",
+            do="name the values, or method: random",
+        )
+        for parameter in parameters
+        if not parameter.is_finite
+    ]
 
 
 def _hyperband(value: object, file: str, found: list[Problem]) -> Hyperband | None:

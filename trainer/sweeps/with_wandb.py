@@ -12,14 +12,14 @@ import msgspec
 import yaml
 
 from trainer import console
-from trainer.compose import compose
 from trainer.config import Config
 from trainer.config.sweep import SweepConfig
 from trainer.drive.trial import SWEEPS
 from trainer.errors import EXIT_DONE, ConfigError, Problem
 from trainer.sweeps.array import array_spec, require_array_can, require_slurm, submit_array, words_in_a_task
 from trainer.sweeps.registration import next_lines, number_of_trials, register, registered_text, require_wandb_can
-from trainer.sweeps.space import find_sweep, parse_sweep, require_usable, trial_base
+from trainer.sweeps.space import find_sweep, read_form
+from trainer.sweeps.usable import base_run, require_usable
 from trainer.sweeps.words import SweepWords
 from trainer_launch.batch_script import follow_lines
 
@@ -32,16 +32,17 @@ def start_with_wandb(asked: SweepWords, *, config_dir: Path | None, cwd: Path, m
     """
     _require_fitting(asked, multirun=multirun)
     path = find_sweep(asked.name, config_dir=config_dir, cwd=cwd)
-    space = parse_sweep(path, cwd)
-    config = compose(trial_base(space, asked.overrides), config_dir=config_dir, cwd=cwd)
+    space, wrong = read_form(path, cwd)
+    config = base_run(space, asked.overrides, config_dir=config_dir, cwd=cwd, wrong=wrong)
     words, in_array = list(asked.overrides), config.launch.name == "slurm"
+    if in_array:
+        words = words_in_a_task(words, config.launch)
+    require_usable(space, [*words, *_with_tracker(words)], config_dir=config_dir, cwd=cwd, wrong=wrong)
     trials = number_of_trials(space, asked.config.trials)
     if in_array:
         require_slurm()
         require_array_can(config.launch, trials)
-        words = words_in_a_task(words, config.launch)
     require_wandb_can(space, words)
-    require_usable(space, [*words, *_with_tracker(words)], config_dir=config_dir, cwd=cwd)
     _require_online(config)
     fixed = [*words, *(["eval.max_loss=null"] if config.eval.max_loss is not None else [])]
     body = cast("Mapping[str, Any]", yaml.safe_load(path.read_text(encoding="utf-8")))

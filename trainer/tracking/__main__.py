@@ -1,4 +1,4 @@
-"""The process that the driver starts beside a run: ``python -m trainer.tracking RUN [--sync]``.
+"""The process that the driver starts beside a run: ``python -m trainer.tracking RUN [--stop-to FD | --sync]``.
 
 It starts one process per tracker (``send.py``), begins one that failed anew after a while, and looks at the machine.
 The driver writes the run's exit code to its standard input and closes it. Then there are ``tracking.finish_seconds``
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trainer.cost.gpu import read_gpus
 from trainer.errors import EXIT_DONE, EXIT_STOPPED
-from trainer.paths import RunFolder
+from trainer.paths import RunFolder, without_links
 from trainer.plan import RunPlan, load_plan
 from trainer.records import GrowingRecords
 from trainer.surroundings import in_use, variables
@@ -36,9 +36,11 @@ LONGEST_WAIT = 1.0
 class Sender:
     """The process of one tracker. Its standard input is held open until the run ends."""
 
-    def __init__(self, folder: RunFolder, tracker: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, folder: RunFolder, tracker: str, *, online: bool = False, stop_to: int | None = None) -> None:
         self.tracker = tracker
+        options = [*(["--online"] if online else []), *([] if stop_to is None else ["--stop-to", str(stop_to)])]
         self._words = [sys.executable, "-m", "trainer.tracking.send", str(folder.root), tracker, *options]
+        self._keep_open = () if stop_to is None else (stop_to,)
         self._process: subprocess.Popen[bytes] | None = None
         self._again_at = 0.0
         self.failed = False
@@ -49,7 +51,7 @@ class Sender:
             self.failed = self._process.returncode != EXIT_DONE
             self._process, self._again_at = None, now + AGAIN_SECONDS
         if self._process is None and now >= self._again_at:
-            self._process = subprocess.Popen(self._words, stdin=subprocess.PIPE)
+            self._process = subprocess.Popen(self._words, stdin=subprocess.PIPE, pass_fds=self._keep_open)
 
     def tell_the_end(self) -> None:
         """Let it finish; one that had failed tries once more."""
@@ -97,7 +99,7 @@ def follow(folder: RunFolder, plan: RunPlan, senders: Sequence[Sender]) -> int |
 def alone(folder: RunFolder) -> Iterator[None]:
     """Wait until no older process sends this run: the driver of the time before may be gone, its tracking not yet."""
     folder.tracking.mkdir(parents=True, exist_ok=True)
-    with (folder.tracking / "lock").open("w") as handle:
+    with open(folder.tracking / "lock", "w", opener=without_links) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -115,21 +117,22 @@ def main() -> int:
     """The program of this module."""
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("--stop-to", type=int, metavar="FD")
     parser.add_argument("--sync", action="store_true")
     found = parser.parse_args()
     folder = RunFolder(found.run)
     plan = load_plan(folder.plan_json.read_bytes())
     with alone(folder):
         try:
-            return _sync(folder, plan) if found.sync else _beside(folder, plan)
+            return _sync(folder, plan) if found.sync else _beside(folder, plan, found.stop_to)
         finally:
             forget_pieces(folder)
 
 
-def _beside(folder: RunFolder, plan: RunPlan) -> int:
+def _beside(folder: RunFolder, plan: RunPlan, stop_to: int | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the driver says when it is over
-    senders = [Sender(folder, tracker) for tracker in in_use(plan.config.tracking)]
+    senders = [Sender(folder, tracker, stop_to=stop_to) for tracker in in_use(plan.config.tracking)]
     code = follow(folder, plan, senders)
     deadline = time.monotonic() + plan.config.tracking.finish_seconds
     write_end(folder, EXIT_STOPPED if code is None else code)
@@ -145,7 +148,7 @@ def _sync(folder: RunFolder, plan: RunPlan) -> int:
     done = [tracker for tracker in plan.config.tracking.to if read_state(folder, tracker).complete]
     for tracker in done:
         print(f"{tracker}: everything had arrived before: {read_state(folder, tracker).url}", flush=True)  # noqa: T201
-    senders = [Sender(folder, tracker, ["--online"]) for tracker in plan.config.tracking.to if tracker not in done]
+    senders = [Sender(folder, tracker, online=True) for tracker in plan.config.tracking.to if tracker not in done]
     try:
         for sender in senders:
             sender.tell_the_end()

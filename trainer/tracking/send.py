@@ -1,7 +1,8 @@
-"""One tracker's process: ``python -m trainer.tracking.send RUN TRACKER [--online]``.
+"""One tracker's process: ``python -m trainer.tracking.send RUN TRACKER [--online] [--stop-to FD]``.
 
 It reads what the run folder has and the tracker has not, until its standard input ends; there the exit code of the run
-stands. A tracker that hangs or breaks takes nothing with it but this process.
+stands. A tracker that hangs or breaks takes nothing with it but this process. When W&B asks for the end of the run, the
+driver hears of it through the pipe FD; without one, nobody does.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import secrets
 import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,11 +64,22 @@ def facts_of(folder: RunFolder, plan: RunPlan, state: TrackerState, code: int) -
     )
 
 
-def send(folder: RunFolder, plan: RunPlan, tracker: str, *, online: bool, say: Callable[[str], None]) -> int:
-    """Feed ``tracker`` until standard input ends; 0: everything has arrived, 75: not everything."""
+def send(
+    folder: RunFolder,
+    plan: RunPlan,
+    tracker: str,
+    *,
+    online: bool,
+    say: Callable[[str], None],
+    on_stop: Callable[[], None],
+) -> int:
+    """Feed ``tracker`` until standard input ends; 0: everything has arrived, 75: not everything.
+
+    ``on_stop`` is called, from any thread, when the tracker asks for the end of the run.
+    """
     state = begun(folder, tracker)
     mode = "online" if online else wandb_mode(plan.config.tracking.wandb_mode)
-    sink = sink_for(tracker, folder, plan, state, mode)
+    sink = sink_for(tracker, folder, plan, state, mode, on_stop)
     say(f"run {state.run}")
     sent = feed(folder, sink, input_ended, say)
     facts = facts_of(folder, plan, state, read_end(folder).code)
@@ -98,7 +111,9 @@ def begun(folder: RunFolder, tracker: str) -> TrackerState:
     return state
 
 
-def sink_for(tracker: str, folder: RunFolder, plan: RunPlan, state: TrackerState, mode: str) -> Sink:
+def sink_for(
+    tracker: str, folder: RunFolder, plan: RunPlan, state: TrackerState, mode: str, on_stop: Callable[[], None]
+) -> Sink:
     """The tracker, with what the config says about it. Its client is imported here."""
     tracking, config = plan.config.tracking, config_of(plan)
     name = tracking.name or f"{plan.name}-{plan.identity}"
@@ -116,6 +131,7 @@ def sink_for(tracker: str, folder: RunFolder, plan: RunPlan, state: TrackerState
             config=config,
             folder=folder.tracking,
             mode="offline" if mode == "offline" else "online",
+            on_stop=on_stop,
         )
     if tracker == "tensorboard":
         from trainer.tracking.to_tensorboard import TensorboardSink
@@ -133,6 +149,16 @@ def input_ended() -> bool:
     return bool(ready) and not os.read(0, 64)
 
 
+def tell_of_stop(stop_to: int | None, say: Callable[[str], None]) -> None:
+    """Tell the driver through the pipe ``stop_to`` that the tracker asks for the end of the run."""
+    if stop_to is None:
+        say("its server asks for the end of this run; a run is stopped where it runs, and this one goes on")
+        return
+    say("its server asks for the end of this trial")
+    with suppress(OSError):  # the driver is gone
+        os.write(stop_to, b"stop\n")
+
+
 def main() -> int:
     """The program of this module."""
     parser = argparse.ArgumentParser(
@@ -141,14 +167,19 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("tracker", choices=["wandb", "tensorboard", "trackio"])
     parser.add_argument("--online", action="store_true")
+    parser.add_argument("--stop-to", type=int, metavar="FD")
     found = parser.parse_args()
     folder, tracker = RunFolder(found.run), found.tracker
 
     def say(text: str) -> None:
         print(redact(f"{tracker}: {text}"), flush=True)  # noqa: T201
 
+    def on_stop() -> None:
+        tell_of_stop(found.stop_to, say)
+
     try:
-        code = send(folder, load_plan(folder.plan_json.read_bytes()), tracker, online=found.online, say=say)
+        plan = load_plan(folder.plan_json.read_bytes())
+        code = send(folder, plan, tracker, online=found.online, say=say, on_stop=on_stop)
     except Exception as fault:  # whatever a client raises: here it ends
         why = redact(f"{type(fault).__name__}: {' '.join(str(fault).split())}")
         write_state(folder, tracker, replace(read_state(folder, tracker), why=why))

@@ -6,7 +6,7 @@ pieces would number its steps anew.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,11 @@ SILENT: dict[str, Any] = {
 
 
 class WandbSink:
-    """A run ``run_id`` of ``project``; ``folder`` is where the client keeps its files."""
+    """A run ``run_id`` of ``project``; ``folder`` is where the client keeps its files.
+
+    ``on_stop``: called, in a thread, when the server asks for the end of the run: a person on its page, or its sweep.
+    The client's own answer would interrupt this process, which is not the one that is meant.
+    """
 
     def __init__(
         self,
@@ -52,11 +56,13 @@ class WandbSink:
         config: Mapping[str, Any],
         folder: Path,
         mode: Literal["online", "offline"],
+        on_stop: Callable[[], None],
     ) -> None:
         self._folder, self._id, self._name = folder, run_id, name
         self._mode: Literal["online", "offline"] = mode
         self._given = {"project": project, "entity": entity, "group": group, "tags": tags or None, "notes": notes}
         self._config = dict(config)
+        self._on_stop = on_stop
         self._run: Any = None
         self._last = 0
 
@@ -79,7 +85,7 @@ class WandbSink:
             dir=str(self._folder),
             mode=self._mode,
             resume="allow" if self._mode == "online" else None,
-            settings=wandb.Settings(init_timeout=INIT_SECONDS, **SILENT),
+            settings=wandb.Settings(init_timeout=INIT_SECONDS, stop_fn=self._on_stop, **SILENT),
             **self._given,
         )
         if self._mode == "online":

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from trainer.errors import RunError
-from trainer.paths import write_atomic
+from trainer.paths import without_links, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class MetricsFile:
 
     def _write(self) -> None:
         """Add the lines that wait, all or none of them."""
-        with self.path.open("ab", buffering=0) as handle:
+        with open(self.path, "ab", buffering=0, opener=without_links) as handle:
             status = os.fstat(handle.fileno())
             if self._inode is not None and status.st_ino != self._inode:
                 raise RunError(
