@@ -128,7 +128,7 @@ def load_whole(job: Job, todo: Sequence[str]) -> tuple[PackedLoss, Strategy] | N
             summary |= measure_baseline(job, packed_loss(job, model, logits_via))
     if set(todo) <= {"baseline"}:
         return None
-    with job.loading():
+    with job.loading(), loading(job, "made ready to train"):  # DeepSpeed, if it is used, makes its masters here
         loss = trained_loss(job, model, logits_via)
         return loss, planned_strategy(job, loss)
 

@@ -37,6 +37,8 @@ def test_a_divided_run_exports_what_one_process_exports(tmp_path: Path, name: st
     assert ended.code == 0, ended.out + ended.err
     assert folder.done.exists()
     assert steps(folder) == [1, 2, 3, 4]
+    told = [line.split(" in ")[0] for line in ended.words() if line.endswith(" GB on a rank so far")]
+    assert told == (["loaded"] if name == "zero3" else ["loaded", "made ready to train"])
     spec = zero_spec(load_plan(folder.plan_json.read_bytes()))
     assert spec is not None
     assert json.loads(folder.deepspeed_json.read_text()) == deepspeed_config(spec)

@@ -1,9 +1,11 @@
 import hashlib
 import json
+import sys
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import other as unwrapping
 from model_fixtures import pack
 
 from trainer.errors import ModelError, UserError
@@ -59,6 +61,14 @@ class TestTiny:
         torch.manual_seed(5)
         tiny(tmp_path, TEXTS)
         assert torch.equal(torch.rand(3), expected)
+
+    def test_nobody_looks_for_deepspeed(self, tmp_path, monkeypatch):
+        """Where it is installed, accelerate would import it, for seconds, and it would warn about this machine."""
+        asked: list[int] = []
+        monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+        monkeypatch.setattr(unwrapping, "is_deepspeed_available", lambda: bool(asked.append(1)))
+        tiny(tmp_path, TEXTS)
+        assert not asked
 
     def test_the_tokenizer_encodes_anything(self, tmp_path):
         tokenizer: Any = load_tokenizer(tiny(tmp_path, ()))

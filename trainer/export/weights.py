@@ -11,16 +11,13 @@ what ``tensors.py`` expects to find.
 
 import errno
 import shutil
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate.utils import other as unwrapping
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -36,7 +33,7 @@ from trainer.export.inference import (
     write_serving_files,
 )
 from trainer.export.stored import read_tensor, shapes_on_disk, tensor_files, weight_files
-from trainer.model.quiet import without_progress_bars
+from trainer.model.quiet import without_importing_deepspeed, without_progress_bars
 from trainer.paths import fresh_folder, fsync_directory, fsync_file
 
 HEADROOM_BYTES = 64_000_000
@@ -226,24 +223,6 @@ def require_change(folder: Path, base_directory: Path) -> None:
         allowed="at least one that training changed by more than the rounding of the stored dtype",
         do="train longer or with a higher optim.lr, or set model.dtype=float32: a small update can vanish in 16 bits",
     )
-
-
-@contextmanager
-def without_importing_deepspeed() -> Iterator[None]:
-    """Save a model without a look for DeepSpeed's engine around it, unless somebody here has imported DeepSpeed.
-
-    transformers has accelerate unwrap a model before it is saved, and accelerate imports DeepSpeed for the type of its
-    engine wherever it is installed: two seconds and a warning. What nobody has imported wraps nothing.
-    """
-    if "deepspeed" in sys.modules:
-        yield
-        return
-    look = unwrapping.is_deepspeed_available
-    unwrapping.is_deepspeed_available = lambda: False
-    try:
-        yield
-    finally:
-        unwrapping.is_deepspeed_available = look
 
 
 def require_free_space(folder: Path, needed: int, *, free: Callable[[Path], int] | None = None) -> None:

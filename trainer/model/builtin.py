@@ -27,7 +27,7 @@ from transformers import (
 from trainer.console import say
 from trainer.errors import ModelError, UserError
 from trainer.fingerprint import digest, file_digest
-from trainer.model.quiet import without_progress_bars
+from trainer.model.quiet import without_importing_deepspeed, without_progress_bars
 from trainer.paths import fresh_folder
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -154,7 +154,8 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(folder)
+    with without_importing_deepspeed():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _rewrite(folder / "config.json", {}, drop=("_model_name_or_path", "_name_or_path", "quantization_config"))
     _rewrite(folder / "tokenizer_config.json", {"padding_side": "left"}, drop=("is_local", "local_files_only"))
@@ -216,5 +217,6 @@ def _make_tiny(folder: Path, texts: Sequence[str], seed: int) -> None:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    model.save_pretrained(folder)
+    with without_importing_deepspeed():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

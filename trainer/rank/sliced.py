@@ -79,12 +79,12 @@ def fill_added_rows(model: nn.Module, places: Mapping[str, StoredTensor]) -> Non
 
 
 @contextmanager
-def loading(job: Job) -> Iterator[None]:
-    """Around the loading of the base: say how long it took, and what it took at most on one rank."""
+def loading(job: Job, done: str = "loaded") -> Iterator[None]:
+    """Around the loading of the base, or another part of it: say how long it took, and what at most on one rank."""
     start = time.monotonic()
     yield
     peaks = job.ranks.gather(peak_memory_gb(job.ranks.device))
-    job.say(f"loaded in {time.monotonic() - start:.1f} s, at most {max(peaks):.2f} GB on a rank so far")
+    job.say(f"{done} in {time.monotonic() - start:.1f} s, at most {max(peaks):.2f} GB on a rank so far")
 
 
 def say_peaks(job: Job) -> None:
