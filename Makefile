@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # A machine with an NVIDIA driver takes torch as the index serves it; any other gets the tested CPU release.
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
 SETUP_FILES := pyproject.toml constraints.txt constraints-cpu.txt
+# Two cores are the smallest machine that is promised anything; files of tests are dealt out whole.
+TEST_PROCESSES ?= 2
 # One thread per core that waits passively: two OpenMP threads that spin on a busy machine are ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -18,7 +20,7 @@ demo: $(VENV)/.built-in ## Fine-tune the built-in model on the built-in legal da
 	$(BIN)/python -m trainer +experiment=legal_lora
 
 test: $(VENV)/.dev ## Run the tests (under 15 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: lint types contracts test ## What CI runs, without touching the system
 	@echo "left out: whole sweeps and other campaigns (make campaigns; CI runs them), the slow matrices (make proofs), everything that needs a GPU (pytest -m gpu)"

@@ -30,29 +30,29 @@ from trainer.sweeps.words import read_words, words_help
 USAGE = """\
 python -m trainer [verb] [RUN ...] [overrides]
 
-  python -m trainer +experiment=legal_lora              fine-tune, evaluate, export, check
-  python -m trainer plan +experiment=legal_lora         say what would be done
-  python -m trainer data=files data.train=my.jsonl      the same with your own data
-  python -m trainer evaluate outputs/my/0123456789      one stage of a run that exists
-  python -m trainer show outputs/my/0123456789          how it stands; with several runs: how they differ
-  python -m trainer sweep +experiment=smoke sweep=smoke search settings: many runs, a table, the best one
+  python -m trainer +experiment=legal_lora               fine-tune, evaluate, export, check
+  python -m trainer plan +experiment=legal_lora          say what would be done
+  python -m trainer data=files data.train=my.jsonl       the same with your own data
+  python -m trainer evaluate outputs/my/0123456789       one stage of a run that exists
+  python -m trainer show outputs/my/0123456789           how it stands; with several runs: how they differ
+  python -m trainer sweep +experiment=smoke sweep=smoke  search settings: many runs, a table, the best one
 
 Verbs:
 """
-SHOW = "show"
-AGENT = "agent"
-SWEEP = "sweep"
-SWEEP_HELP = "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid"
-SHOW_HELP = "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side"
-SYNC = "sync"
-SYNC_HELP = "send what trackers have not got of runs (docs/tracking.md)"
+SHOW, SWEEP, AGENT, SYNC = "show", "sweep", "agent", "sync"
+VERB_HELP = {name: verb.help for name, verb in VERBS.items()} | {
+    SHOW: "how a run stands: stages, curves, scores, checkpoints, cost; several runs: side by side",
+    SWEEP: "search settings by a file of conf/sweep (sweep=NAME sweep.trials=N), with Optuna or W&B; -m a=1,2: a grid",
+    AGENT: AGENT_HELP,
+    SYNC: "send what trackers have not got of runs (docs/tracking.md)",
+}
 OPTIONS = """\
 
 Options:
   --cfg job          print the composed config and stop
   --config-dir DIR   look for config groups here first
   --node-rank K      launch=torchrun: this machine is node K
-  -m, --multirun     a grid of runs: -m optim.lr=1e-4,2e-4 (a sweep, as of the verb sweep; sweep.workers=2: in parallel)
+  -m, --multirun     a grid of runs: -m optim.lr=1e-4,2e-4 (a sweep, with all its words; sweep.workers=2: two at a time)
   --html FILE        show: write a page for a browser, which needs nothing else
   --verify           show: read every byte of the checkpoints and compare their hashes
   --version          print the version
@@ -103,9 +103,11 @@ def sort_words(arguments: Sequence[str]) -> Words:
     words: list[str] = found.words
     bare = [word for word in words if _is_run(word) or not _is_override(word)]
     verb = bare.pop(0) if bare and not _is_run(bare[0]) else "run"
-    if verb not in (*VERBS, SHOW, SWEEP, SYNC, "help"):
+    if verb == AGENT and not found.help:
+        raise _agent_among_others(arguments)
+    if verb not in (*VERB_HELP, "help"):
         raise _unknown_verb(verb)
-    for word in bare:
+    for word in bare if verb != AGENT else ():
         if not _is_run(word):
             raise _not_a_run(word)
     return Words(
@@ -134,14 +136,23 @@ def _is_run(word: str) -> bool:
 def _unknown_verb(word: str) -> UserError:
     if Path(word).exists():
         return _not_a_run(word)
-    guess = nearest(word, (*VERBS, SHOW, SWEEP, AGENT, SYNC, "help"))
+    verbs = (*VERB_HELP, "help")
     return UserError(
         "unknown verb",
         where="command line",
         got=word,
-        allowed=f"{', '.join((*VERBS, SHOW, SWEEP, AGENT, SYNC, 'help'))}; a run folder; or overrides such as "
-        "+experiment=legal_lora",
-        do=guess or f"if a setting was meant, write it as key=value, for example +experiment={word}",
+        allowed=f"{', '.join(verbs)}; a run folder; or overrides such as +experiment=legal_lora",
+        do=nearest(word, verbs) or f"if a setting was meant, write it as key=value, for example +experiment={word}",
+    )
+
+
+def _agent_among_others(arguments: Sequence[str]) -> UserError:
+    return UserError(
+        "agent stands first and takes one sweep, nothing else",
+        where="command line",
+        got=shlex.join(arguments),
+        allowed="settings of trials are part of the sweep's command",
+        do="python -m trainer agent ENTITY/PROJECT/ID",
     )
 
 
@@ -157,15 +168,13 @@ def _not_a_run(word: str) -> UserError:
 
 def act(arguments: Sequence[str], cwd: Path) -> int:
     """Do what the command line says; gives the exit code."""
-    if arguments[:1] == [AGENT]:
+    if arguments[:1] == [AGENT] and not {"-h", "--help"} & set(arguments):
         return do_agent(arguments[1:], cwd)
     words = sort_words(arguments)
     if words.version:
         console.say(__version__)
     elif words.help:
-        others = {SHOW: SHOW_HELP, SWEEP: SWEEP_HELP, AGENT: AGENT_HELP, SYNC: SYNC_HELP}
-        helps = {name: verb.help for name, verb in VERBS.items()} | others
-        verbs = "".join(f"  {name:10} {text}\n" for name, text in helps.items())
+        verbs = "".join(f"  {name:10} {text}\n" for name, text in VERB_HELP.items())
         console.say(USAGE + verbs + OPTIONS + "\n" + help_text(config_dir=words.config_dir, cwd=cwd) + words_help())
     elif words.verb == SHOW:
         _show(words)
@@ -224,7 +233,7 @@ def _sweep(words: Words, arguments: Sequence[str], cwd: Path) -> int:
 
 
 def _sync(words: Words) -> int:
-    _require_runs(words, "sync sends what there is of runs", "run folders, which have been given their trackers")
+    _require_runs(words, "sync sends what trackers have not got", "run folders that have trackers")
     return sync_runs(words.runs)
 
 

@@ -12,9 +12,9 @@ import msgspec
 from trainer.paths import RunFolder, write_atomic
 
 STAGES = ("prepare", "baseline", "train", "evaluate", "export", "verify", "card")
+"""In the order in which a run goes through them."""
 BY_RANKS = ("baseline", "train", "evaluate", "export")
 """The stages that the ranks do, in one go; the others are one process each."""
-"""In the order in which a run goes through them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

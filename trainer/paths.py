@@ -37,6 +37,15 @@ def conf_directories(extra: Path | None, cwd: Path) -> list[Path]:
     return found
 
 
+def without_links(path: str, flags: int) -> int:
+    """An ``opener`` for files that grow or are locked in place: a symbolic link at that name is not followed.
+
+    Raises:
+        OSError: there is one (ELOOP), or the file cannot be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write ``path`` so that a reader sees the old or the whole new content, also after a power cut.
 

@@ -48,6 +48,10 @@ from trainer_kernels import TokenArena
 FORMAT = 1
 TINY_TEXTS = 2000
 """Training rows that the tokenizer of ``builtin:tiny`` is trained on."""
+_DEALT = {
+    "micro": "those that take about equally long together, because ranks wait for each other in every micro-batch",
+    "step": "about the same sum to each, because ranks wait for each other once per step",
+}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -206,7 +210,7 @@ def _tokenize(
     )
     digests = {name: rows_digest(split) for name, split in rows.splits.items()}
     key = content_key(digests, template.text if template else "", tokenizer_folder, options)
-    found = find_tokens(cache, key)
+    found = find_tokens(cache, key, warn=console.warn)
     if found is not None:
         return found
     encoder = ChatEncoder(tokenizer, template, loss_on=data.loss_on)
@@ -319,7 +323,8 @@ def _schedule(folder: RunFolder, plan: RunPlan, prepared: Prepared) -> PlannedSc
     if prepared.cost_ratio and not planned.by_time:
         console.warn(
             f"a document of {prepared.train.longest} tokens takes longer than a pack of {options.capacity} may: "
-            "packs are filled by tokens, and the packs of a step are dealt to the ranks by time"
+            "packs are filled by tokens, and the packs of a step are dealt to the ranks by time, "
+            + _DEALT[options.sync]
         )
     return planned
 

@@ -156,7 +156,11 @@ def _limits_in_words(limits: Sequence[msgspec.Meta]) -> str:
     words: list[str] = []
     for limit in limits:
         bounds = ((">=", limit.ge), (">", limit.gt), ("<=", limit.le), ("<", limit.lt))
-        words += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
+        words += [
+            f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}"
+            for sign, bound in bounds
+            if bound is not None
+        ]
         if limit.min_length is not None:
             words.append(f"of length {limit.min_length}")
     return " " + " and ".join(words) if words else ""
@@ -281,6 +285,16 @@ def _kind(value: Any) -> str:
         dict: "pairs",
     }
     return "null" if value is None else kinds[type(value)]
+
+
+def section_help(name: str, section: type) -> list[str]:
+    """Return lines for people: what the section ``name`` is for, and its keys with type, default and meaning."""
+    defaults, docs = msgspec.to_builtins(section()), field_docs(section)
+    lines = [f"{name}: {' '.join((section.__doc__ or '').split())}"]
+    for key, hint in field_hints(section).items():
+        default = msgspec.json.encode(defaults[key]).decode()
+        lines += [f"  {name}.{key}={default}  ({describe(hint)})", f"      {docs[key]}"]
+    return [line.replace("``", "`") for line in lines]
 
 
 def field_docs(section: type) -> dict[str, str]:

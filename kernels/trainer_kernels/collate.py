@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trainer_kernels.arena import ID_MASK, NO_LOSS, TokenArena
 from trainer_kernels.checks import whole
-from trainer_kernels.compiled import compiled
+from trainer_kernels.compiled import compiled, prefetch
 from trainer_kernels.errors import PackingError
 
 Layout = Literal["int64", "int32", "compact"]
@@ -38,6 +38,12 @@ _ROWS: dict[str, tuple[int, np.dtype[Any]]] = {
     "int32": (3, np.dtype(np.int32)),
     "compact": (1, np.dtype(np.int32)),
 }
+HEAD = 64
+"""Tokens of the next document that are asked for early. Documents are at random places, and a processor sees that
+memory is read in a row only after a few lines of it; for the lines after these it needs no help."""
+LINE = 16
+"""Tokens of one line of the cache."""
+
 _NO_LOSS = np.int32(NO_LOSS)
 _ID_MASK = np.int32(ID_MASK)
 
@@ -289,6 +295,21 @@ def _set_boundaries(
 
 
 @compiled
+def _ask_for_head(
+    tokens: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    documents: NDArray[np.int64],
+    index: int,
+) -> None:
+    """The beginning of the document at place ``index``, if there is one, is fetched while the one before is copied."""
+    if index < documents.size:
+        start = starts[documents[index]]
+        for t in range(0, min(np.int64(lengths[documents[index]]), HEAD), LINE):
+            prefetch(tokens, start + t)
+
+
+@compiled
 def _fill(
     tokens: NDArray[np.int32],
     starts: NDArray[np.int64],
@@ -310,6 +331,7 @@ def _fill(
         start = 0
         if index < documents.size:
             document = documents[index]
+            _ask_for_head(tokens, starts, lengths, documents, index + 1)
             length = np.int64(lengths[document])
             context = min(max(np.int64(muted[document]) - 1, 0), length - 1)
             start = starts[document]
@@ -345,6 +367,7 @@ def _fill_compact(
     padding = np.int32(pad_id) | _NO_LOSS
     for index in range(documents.size):
         document = documents[index]
+        _ask_for_head(tokens, starts, lengths, documents, index + 1)
         length = np.int64(lengths[document])
         source = tokens[starts[document] : starts[document] + length]
         place = out[cu_seqlens[index] : cu_seqlens[index + 1]]

@@ -59,7 +59,8 @@ def expand(
         _check(name, written, "torch.int64", least=size, most=size)
     segments = cu_seqlens.numel() - 1
     programs = (-(-size // BLOCK),)
-    _expand[programs](  # pyright: ignore[reportIndexIssue]  (Triton's way to start a kernel)
+    kernel: Any = _expand  # Triton's way to start a kernel has no types
+    kernel[programs](
         tokens,
         cu_seqlens,
         input_ids,
@@ -103,7 +104,7 @@ def _expand(
     # The segment of t begins at the last boundary that is not behind t. T itself never is, so repetitions do not count.
     low = tl.full([BLOCK], 0, tl.int32)
     high = tl.full([BLOCK], 0, tl.int32) + segments
-    for _ in tl.static_range(HALVINGS):
+    for _ in tl.static_range(HALVINGS):  # pyright: ignore[reportGeneralTypeIssues]  (not typed as iterable)
         middle = (low + high) // 2
         begun = tl.load(cu_seqlens + middle, mask=inside, other=0) <= t
         low = tl.where(begun, middle, low)

@@ -16,6 +16,8 @@ from queue import SimpleQueue
 from threading import Thread
 from types import FrameType
 
+from trainer_launch.signals import heeding
+
 NAMING = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_PARAM_PATH")
 """What the agent tells a trial. The others of its variables are the user's own, and are there at the next start too."""
 RECORD = "TRIMTAB_TRIAL"
@@ -88,10 +90,8 @@ def run_and_pass_on(words: Sequence[str], environment: Mapping[str, str], *, for
     def on_signal(number: int, _frame: FrameType | None) -> None:
         events.put(signal.Signals(number))
 
-    heeded = [number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]  # nohup, ``&``
-    previous = {number: signal.signal(number, on_signal) for number in heeded}
     signalled = False
-    try:
+    with heeding(_PASSED_ON, on_signal):
         # a group of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once
         process = subprocess.Popen(words, env=dict(environment), stdin=subprocess.DEVNULL, process_group=0)
         Thread(target=lambda: (process.wait(), events.put(None)), daemon=True).start()
@@ -100,7 +100,4 @@ def run_and_pass_on(words: Sequence[str], environment: Mapping[str, str], *, for
             if forward:
                 process.send_signal(number)
         code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return (code if code >= 0 else 128 - code), signalled

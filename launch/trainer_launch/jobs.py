@@ -32,8 +32,9 @@ OVER = frozenset(
     }
 )
 """States of a job that will not start again by itself."""
-CAN_GO_ON = frozenset({"BOOT_FAIL", "LAUNCH_FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"})
-"""Those of them in which the run did nothing wrong."""
+CAN_GO_ON = frozenset({"BOOT_FAIL", "CANCELLED", "LAUNCH_FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"})
+"""Those of them in which the run did nothing wrong. Accounting has no exit code of a cancelled job, and has one as
+cancelled that the controller lost."""
 LOST_REPLY = re.compile(
     r"timed? ?out|unable to contact|connection (refused|reset)|transport|communication|zero bytes"
     r"|temporarily|try again|backup controller|send/recv",
@@ -109,9 +110,11 @@ def parse_accounting(text: str) -> list[Job]:
     for number, state, end, comment in (line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3):
         code, _, by = end.partition(":")
         if number.isdecimal() and state:
+            name, _, who = state.partition(" ")  # "CANCELLED by 1000"
             job = Job(
                 id=int(number),
-                state=state.split()[0],  # "CANCELLED by 1000"
+                state=name,
+                reason=who,
                 exit_code=_number(code),
                 signal=_number(by),
                 comment=comment,
@@ -151,13 +154,13 @@ class Decision:
 def decide(code: int, job: Job | None, *, restarts: int, stalls: int, max_stalls: int) -> Decision:
     """Decide what follows on a start that ended with ``code``.
 
-    ``job``: as the controller has it now, None when it does not answer. ``restarts``: of this start. ``stalls``: starts
-    in a row, this one included, that left no new checkpoint and no finished stage.
+    ``job``: as the controller has it now, None when it does not answer, or does not know it. ``restarts``: of this
+    start. ``stalls``: starts in a row, this one included, that left no new checkpoint and no finished stage.
     """
     if code == DONE:
         return Decision(Next.NOTHING, "finished", DONE)
     if job is None:
-        return Decision(Next.NOTHING, "the controller does not answer, so that nobody knows what the job may do", code)
+        return Decision(Next.NOTHING, "the controller does not say how the job stands, so nothing is asked of it", code)
     if job.restarts > restarts:
         return Decision(Next.NOTHING, "Slurm has requeued the job already", code)
     if job.state != "RUNNING":

@@ -28,6 +28,7 @@ from typing import Protocol
 from trainer_launch import children
 from trainer_launch.children import Child, Running
 from trainer_launch.command import rank_arguments, rank_environment
+from trainer_launch.signals import heeding
 from trainer_launch.spec import LaunchSpec
 from trainer_launch.verdict import STOPPED, Failed, NodeResult, blame, has_failed
 
@@ -159,26 +160,23 @@ class _Supervisor:
         self._linger_after = ""
 
     def run(self) -> NodeResult:
-        heeded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup, ``&``
-        previous = {number: signal.signal(number, self._on_signal) for number in heeded}
-        try:
-            self._start()
-            if self._peers is not None:
-                self._peers.listen(self._events.put)
-            while len(self._ended) < len(self._running):
-                self._handle(self._next_event())
-                self._enforce()
-            self._drain()
-            return replace(self._result(), signal=self._stop.name if self._stop is not None else "")
-        finally:
-            if self._peers is not None:
-                self._peers.listen(None)
-            for running in self._running:
-                if running.code is None:
-                    children.kill_session(running.process.pid)
-                    running.process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with heeding(FORWARDED, self._on_signal):
+            try:
+                self._start()
+                if self._peers is not None:
+                    self._peers.listen(self._events.put)
+                while len(self._ended) < len(self._running):
+                    self._handle(self._next_event())
+                    self._enforce()
+                self._drain()
+                return replace(self._result(), signal=self._stop.name if self._stop is not None else "")
+            finally:
+                if self._peers is not None:
+                    self._peers.listen(None)
+                for running in self._running:
+                    if running.code is None:
+                        children.kill_session(running.process.pid)
+                        running.process.wait()
 
     def _start(self) -> None:
         foreign = children.foreign_variables()

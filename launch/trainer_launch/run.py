@@ -31,13 +31,11 @@ def run(spec: LaunchSpec, on_line: Callable[[str], None], *, keep_open: Sequence
     """``run_node``, with a free port where the spec leaves it open; tried again when somebody took it meanwhile."""
     if spec.master_port != ANY_PORT:
         return run_node(spec, on_line, keep_open=keep_open)
-    for attempt in range(1, PORT_TRIES + 1):
-        port = free_port(spec.master_addr)
-        result = run_node(dataclasses.replace(spec, master_port=port), on_line, keep_open=keep_open)
-        if attempt == PORT_TRIES or not PORT_TAKEN.search(result.cause):
-            return result
-        on_line(f"warning: port {port} was taken meanwhile; starting the ranks again with another one")
-    raise AssertionError("the last try returns")
+
+    def start(port: int) -> NodeResult:
+        return run_node(dataclasses.replace(spec, master_port=port), on_line, keep_open=keep_open)
+
+    return _at_free_port(spec.master_addr, start, on_line)
 
 
 def run_together(
@@ -47,11 +45,20 @@ def run_together(
 
     The port at which the ranks meet is a free one of this machine; the port of the spec is where the agents met.
     """
-    for attempt in range(1, PORT_TRIES + 1):
-        port = free_port("")
+
+    def start(port: int) -> NodeResult:
         chair.start_ranks({"port": port, "arguments": list(spec.arguments)})
         own = dataclasses.replace(spec, master_port=port)
-        result = chair.conclude(run_node(own, on_line, keep_open=keep_open, peers=chair))
+        return chair.conclude(run_node(own, on_line, keep_open=keep_open, peers=chair))
+
+    return _at_free_port("", start, on_line)
+
+
+def _at_free_port(address: str, start: Callable[[int], NodeResult], on_line: Callable[[str], None]) -> NodeResult:
+    """``start`` with a port that is free at ``address``, again with another one when somebody took it meanwhile."""
+    for attempt in range(1, PORT_TRIES + 1):
+        port = free_port(address)
+        result = start(port)
         if attempt == PORT_TRIES or not PORT_TAKEN.search(result.cause):
             return result
         on_line(f"warning: port {port} was taken meanwhile; starting the ranks again with another one")

@@ -84,11 +84,12 @@ def submit(script: Path) -> int:
     return int(number)
 
 
-def show(job: int | str) -> Job:
-    """The job (a number, or ``ARRAY_TASK``) as the controller has it, or else as accounting has it.
+def controlled(job: int | str) -> Job:
+    """The job (a number, or ``ARRAY_TASK``) as the controller has it, which alone can requeue or signal it.
 
     Raises:
-        Unknown: neither knows it (any more).
+        Unknown: it does not know it: jobs that are over are forgotten after ``MinJobAge``, 300 s unless the site says
+            otherwise.
         SlurmError: there is no answer.
     """
     try:
@@ -98,10 +99,26 @@ def show(job: int | str) -> Job:
             raise
         found = None
     if found is None:
-        found = next(iter(_accounting("-j", str(job))), None)
-    if found is None:
-        raise Unknown(f"job {job} is known neither to the controller nor to accounting")
+        raise Unknown(f"the controller does not know job {job}")
     return found
+
+
+def show(job: int | str) -> Job:
+    """The job as the controller has it, or else as accounting says that it ended.
+
+    Raises:
+        Unknown: the controller does not know it (any more), so it is over, and accounting does not say how.
+        SlurmError: there is no answer.
+    """
+    try:
+        return controlled(job)
+    except Unknown as fault:
+        found = next(iter(_accounting("-j", str(job))), None)
+        if found is None:
+            raise Unknown(f"{fault}, and accounting says nothing of it") from None
+        if not found.is_over:  # it was lost by the controller, or accounting was not told its end
+            raise Unknown(f"{fault}, and accounting has it as {found.state} still") from None
+        return found
 
 
 def name_and_comment(job: int) -> tuple[str, str]:

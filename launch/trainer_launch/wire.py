@@ -35,11 +35,6 @@ class Wire:
         self._closed = threading.Event()
         self._beat, self._silence = beat, silence
 
-    @property
-    def other_end(self) -> str:
-        """The address of the other end."""
-        return str(self._socket.getpeername()[0])
-
     def send(self, message: Message) -> None:
         """Send ``message``; when the other end is gone, ``receive`` is what says so."""
         try:

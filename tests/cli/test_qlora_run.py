@@ -11,7 +11,7 @@ from layout_fixtures import ALONE, SMOKE, again, assert_equal, tensors
 from trainer.paths import RunFolder
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.campaign,
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (.[qlora])"),
 ]
 

@@ -91,7 +91,7 @@ def test_a_frozen_rank_is_named_and_all_stacks_are_written(tmp_path: Path, data:
         folder=str(with_data(tmp_path, data)), lora=True, world_size=2, pause_at=6, pause_rank=1, hang_timeout=5.0
     )
     first, frozen = start(run)
-    first.process.join(120)
+    first.process.join(300)
     frozen.process.join(60)  # it was continued, to write its stacks, and finds itself alone
     frozen.process.kill()
     output = first.log.read_text()
@@ -117,7 +117,7 @@ def wait_for_what_never_comes(folder: Path, ranks: Ranks) -> None:
 def test_a_collective_that_never_returns_is_a_hang_though_all_ranks_live(tmp_path: Path) -> None:
     ranks = start_calls(partial(wait_for_what_never_comes, tmp_path), tmp_path, 2)
     for rank in ranks:
-        rank.process.join(120)
+        rank.process.join(300)
         rank.process.kill()
     ended = [rank.log.read_text() for rank in ranks]
     assert 74 in [rank.process.exitcode for rank in ranks], ended

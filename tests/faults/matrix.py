@@ -235,6 +235,11 @@ ROWS = (
         ),
     ),
     Row(
+        number="17b",
+        fault="a job that is forgotten or lost by the controller, with slurmdbd and without",
+        tests=ids("slurm/test_accounting.py unit/test_slurm_states.py"),
+    ),
+    Row(
         number="18a",
         fault="frozen rank in training, a collective that never returns",
         tests=ids(

@@ -62,6 +62,7 @@ def compare(one: Path, two: Path, names: tuple[str, ...]) -> None:
     for name in names:
         pairs = [(a[name], b[name]) for a, b in lines if name in a]
         found = np.array([abs(a - b) / max(1.0, abs(a)) for a, b in pairs])
+        print(f"{two.name}: {name} differs by {found.max():.1e} at most, {found.mean():.1e} on average")
         assert found.max() <= 1e-5, name
         assert found.mean() <= 1e-6, name
 
@@ -217,6 +218,30 @@ def test_what_zero3_reads_is_what_a_whole_load_gives(tmp_path: Path) -> None:
         sliced_fixtures.write_base(tmp_path / name, tied=name == "tied")
     ended = run_calls(partial(sliced_fixtures.slices_are_what_a_whole_load_gives, tmp_path, "zero3"), tmp_path)
     assert [code for code, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("fsdp", 2),
+        ("fsdp", 4),
+        pytest.param(("zero3", 2), marks=needs_deepspeed),
+        pytest.param(("zero3", 4), marks=needs_deepspeed),
+    ],
+    ids=named,
+)
+def test_a_base_that_is_read_in_slices_takes_the_course_of_one_that_is_loaded(
+    tmp_path: Path, data: Path, layout: Layout, lora: bool
+) -> None:
+    """Bit by bit, though it was killed and went on; what is loaded whole is compared with one process above."""
+    run = Run(folder="", lora=lora, dropout=0.1, packs=4, max_steps=12)
+    end(placed(run, tmp_path / "whole", data, layout))
+    sliced = placed(replace(run, sliced=True), tmp_path / "sliced", data, layout)
+    assert -9 in [code for code, _ in run_ranks(replace(sliced, kill_at=7))]
+    end(sliced)
+
+    assert bits(tmp_path / "sliced") == bits(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])

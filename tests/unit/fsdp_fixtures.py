@@ -20,7 +20,7 @@ from train_fixtures import tiny_loss, tiny_model, tiny_strategy
 from trainer.batch import Batch
 from trainer.distributed.fsdp import FullySharded, Sharding, local, shard_of
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.strategy import Strategy
+from trainer.distributed.strategy import Strategy, StrategyName
 from trainer.errors import TrainingFault
 from trainer.evaluate.generate import generate, in_order
 from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
@@ -137,7 +137,11 @@ def layers_are_given_back(ranks: Ranks) -> None:
 def the_forward_pass_reads_what_was_loaded(ranks: Ranks) -> None:
     """After an evaluation something is still gathered; weights that are loaded then must not be overlooked."""
     strategy, loss = tiny_strategy(ranks, lora=False, kind="fsdp")
-    plain = tiny_loss(lora=False)
+    reads_what_was_loaded(strategy, loss, tiny_loss(lora=False))
+
+
+def reads_what_was_loaded(strategy: Strategy, loss: PackedLoss, plain: PackedLoss) -> None:
+    """``loss`` equals ``plain``, of one process, before and after all weights of both are halved."""
     with torch.no_grad():
         assert torch.equal(loss(batch()), plain(batch()))
         for fragment in strategy.fragments(saving=False):
@@ -149,8 +153,12 @@ def the_forward_pass_reads_what_was_loaded(ranks: Ranks) -> None:
 
 
 def whole_parameters_are_on_the_first_rank(ranks: Ranks) -> None:
-    """As they are trained, in float32, whatever the compute dtype."""
-    strategy, _ = tiny_strategy(ranks, lora=True, kind="fsdp", dtype=torch.bfloat16)
+    whole_parameters_of("fsdp", ranks)
+
+
+def whole_parameters_of(kind: StrategyName, ranks: Ranks) -> None:
+    """On the first rank, as they are trained, in float32, whatever the compute dtype."""
+    strategy, _ = tiny_strategy(ranks, lora=True, kind=kind, dtype=torch.bfloat16)
     plain = {n: p for n, p in tiny_loss(lora=True, compute_dtype=torch.bfloat16).named_parameters() if p.requires_grad}
     found = dict(strategy.full_parameters())
     assert list(found) == list(plain)

@@ -63,7 +63,7 @@ SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1,sched
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-AccountingStorageType=accounting_storage/none
+{accounting}
 JobCompType=jobcomp/none
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=5 State=UP PreemptMode=off
@@ -88,7 +88,7 @@ def until(what: Callable[[], bool], said: str, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -233,14 +233,22 @@ def _kill(process: psutil.Process) -> None:
 
 
 @contextmanager
-def cluster(nodes: int = 4, networks: Networks | None = None) -> Iterator[Cluster]:
+def cluster(
+    nodes: int = 4,
+    networks: Networks | None = None,
+    *,
+    accounting: str = "AccountingStorageType=accounting_storage/none",
+    before: Callable[[Cluster], None] = lambda _: None,
+) -> Iterator[Cluster]:
     """Bring a cluster up for the block, with four cores on each node.
 
-    Its nodes are 127.0.77.1 and so on, or have ``networks`` of their own.
+    Its nodes are 127.0.77.1 and so on, or have ``networks`` of their own. ``accounting``: the lines of its
+    configuration about that, with ``{folder}`` for the cluster's own; ``before``: done when munge answers, before the
+    controller starts.
     """
     folder = Path(tempfile.mkdtemp(prefix="tt-slurm."))  # a short path: sockets lie in it
     names = [f"127.0.77.{number}" for number in range(1, nodes + 1)] if networks is None else networks.addresses
-    port, *node_ports = _free_ports(len(names) + 1)
+    port, *node_ports = free_ports(len(names) + 1)
     lines = [
         f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={name} Port={node_port} CPUs=4 RealMemory=2000"
         for name, node_port in zip(names, node_ports, strict=True)
@@ -255,6 +263,7 @@ def cluster(nodes: int = 4, networks: Networks | None = None) -> Iterator[Cluste
             folder=folder,
             kill_wait=KILL_WAIT,
             grace=GRACE,
+            accounting=accounting.format(folder=folder),
             nodes="\n".join(lines),
         )
     )
@@ -268,14 +277,14 @@ def cluster(nodes: int = 4, networks: Networks | None = None) -> Iterator[Cluste
     }
     made = Cluster(folder, names, environment, networks)
     try:
-        _start(made)
+        _start(made, before)
         yield made
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(made: Cluster) -> None:
+def _start(made: Cluster, before: Callable[[Cluster], None]) -> None:
     munge = made.folder / "munge"
     munge.mkdir(mode=0o711)
     (munge / "key").write_bytes(os.urandom(1024))
@@ -286,6 +295,7 @@ def _start(made: Cluster) -> None:
     made.start("munged", "munged", "--foreground", "--force", *words)
     until(lambda: (munge / "socket").exists(), "munged listens", 20)
     (made.folder / "state").mkdir()
+    before(made)
     made.start_controller()
     for node in made.nodes:
         made.start_node(node)

@@ -1,10 +1,11 @@
 """The arena on disk: what goes in comes out, it is published whole or not at all, and damage is refused."""
 
+import io
 import json
 import mmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from kernel_fixtures import Edit, Run, flip, random_arena, remove, runs, truncate, write_arena
 
 from trainer_kernels import ARENA_FORMAT, ArenaError, ArenaWriter, TokenArena, reference
+from trainer_kernels import writer as writing
 
 
 @given(rows=st.lists(runs(), min_size=1, max_size=8))
@@ -141,6 +143,54 @@ def test_a_failing_publication_is_not_hidden(tmp_path: Path, monkeypatch: pytest
         writer.add([1, 2], [True, True])
         with pytest.raises(OSError, match="No space left"):
             writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Disk(io.FileIO):
+    """A file that notes where writes begin, and is full from a place on."""
+
+    writes: ClassVar[list[tuple[int, int]]] = []
+    room: ClassVar[int] = 1 << 40
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.room:
+            raise OSError(28, "No space left on device")
+        self.writes.append((self.tell(), len(data)))
+        return super().write(data)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> type[Disk]:
+    """``tokens.bin`` of new arenas is there, with the buffer that the writer asks for."""
+
+    def opened(path: Path, mode: str, buffering: int = -1, **options: Any) -> Any:
+        if path.name != "tokens.bin":
+            return open(path, mode, buffering, **options)
+        return io.BufferedWriter(Disk(path, "w"), buffering)
+
+    monkeypatch.setattr(writing, "open", opened, raising=False)
+    monkeypatch.setattr(Disk, "writes", [])
+    return Disk
+
+
+def test_tokens_are_written_in_whole_huge_pages(
+    tmp_path: Path, disk: type[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "WRITTEN_AT_ONCE", 1 << 12)
+    lengths = [*range(1, 400, 7), 5000, 3, 200, 1024, 2048, 9, 1020, 4, 1, 700, 700]
+    arena = write_arena(tmp_path / "arena", [([7] * length, [True] * length, None) for length in lengths])
+    assert arena.tokens.tolist() == [7] * sum(lengths)
+    cut = [(begin, size) for begin, size in disk.writes if begin % 4096 and begin // 4096 < (begin + size - 1) // 4096]
+    assert cut == [], "begun within a page and gone on into the next"
+    assert len(disk.writes) <= 4 * sum(lengths) // 4096 + 2
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(
+    tmp_path: Path, disk: type[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "room", 10_000)
+    with pytest.raises(OSError, match="No space left"):
+        write_arena(tmp_path / "arena", [([7] * 2000, [True] * 2000, None)] * 2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -150,6 +150,9 @@ def test_help_names_groups_experiments_and_every_key(tmp_path: Path) -> None:
     assert "What mine is for." in text
     assert "method.rank=16  (a whole number >= 1)" in text
     assert "      LoRA rank." in text
+    assert "run.seed=0  (a whole number >= 0 and < 4294967296)" in text
+    assert "`auto` probes once" in text, "no marks of markup"
+    assert "``" not in text
     assert 'optim.schedule="cosine"  (constant, linear, cosine, warmup_stable_decay)' in text
     assert str(tmp_path / "conf") in text
     for section in Config.__dataclass_fields__.values():

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,13 @@ import msgspec
 import pytest
 from drive_fixtures import Driven, driven
 
+from trainer.config import PackingConfig
 from trainer.console import gigabytes
 from trainer.drive.environment import commit_of, cpu_of, gpu_names, installed, is_dirty
 from trainer.drive.folder import make_folder
 from trainer.drive.lock import Holder, hold
 from trainer.drive.overview import memory_text, waiting_text
-from trainer.drive.prepared import read_prepared, read_schedule
+from trainer.drive.prepared import ScheduleView, read_prepared, read_schedule
 from trainer.drive.run import do_existing, do_new
 from trainer.drive.space import bytes_needed, model_width, require_space, trained_parameters
 from trainer.errors import ConfigError, RunError, TrainingFault
@@ -501,13 +503,22 @@ def test_the_width_of_a_model(tmp_path: Path, text: str, width: int) -> None:
 
 
 def test_what_is_lost_by_waiting_comes_with_what_helps() -> None:
-    assert "wait 12 % of the time" in waiting_text(0.12, "tokens", by_time=False)
-    assert waiting_text(0.12, "tokens", by_time=False).endswith(
-        "; packing.cost=time makes packs that take equally long"
+    schedule = ScheduleView(packs=9, fill=0.9, steps=9, steps_per_epoch=3.0, tokens_per_step=900.0)
+    tokens, time = PackingConfig(), PackingConfig(cost="time")
+    assert waiting_text(0.12, schedule, tokens, 8) == (
+        "ranks wait 12 % of the time for the slowest one, once per step, estimated from the model's shape; "
+        "packing.cost=time makes packs that take equally long"
     )
-    assert waiting_text(0.001, "tokens", by_time=False).endswith("estimated from the model's shape")
-    assert waiting_text(0.001, "time", by_time=True).endswith("estimated from the model's shape")
-    assert "dealt by time: a document takes longer" in waiting_text(0.12, "time", by_time=False)
+    assert ", in every micro-batch, " in waiting_text(0.12, replace(schedule, sync="micro"), tokens, 8)
+    assert waiting_text(0.001, schedule, tokens, 8).endswith("estimated from the model's shape")
+    by_time = replace(schedule, by_time=True)
+    assert waiting_text(0.001, by_time, time, 8).endswith("estimated from the model's shape")
+    assert waiting_text(0.001, by_time, replace(time, cost_ratio=2e-5), 8).endswith("packing.cost_ratio=2e-05")
+    long = "a document takes longer than a pack may, so packs are filled by tokens"
+    assert waiting_text(0.12, schedule, time, 8).endswith(f"{long}, and those of a step dealt to the ranks by time")
+    assert waiting_text(0.12, schedule, time, 1).endswith(
+        f"{long}, and with one micro-batch a step there is nothing to deal"
+    )
 
 
 def test_bytes_for_people() -> None:

@@ -309,7 +309,7 @@ def test_gpus_that_are_not_here_are_only_planned_for(
     problem = refused(tmp_path, *words, devices=LAPTOP)
     assert (problem.what, problem.got) == ("describes GPUs that this machine does not have", "8 of 80 GB")
     assert problem.allowed == "null: there is no GPU here"
-    monkeypatch.setattr(run, "_devices", lambda config: LAPTOP)
+    monkeypatch.setattr(run, "devices_here", lambda config: LAPTOP)
     config = planned(tmp_path, *words, devices=replace(EIGHT, gpu_memory=80 * GB)).config
     assert run.do_new("plan", config, cwd=tmp_path, command="") == EXIT_DONE
     printed = capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_the_plan_shows_every_layout_with_its_figures(tmp_path: Path, capsys: py
     rows = [overview.layout_row(entry) for entry in plan.considered]
     assert rows[0][:3] == ["ddp", gigabytes(plan.considered[0].needed), "72.0 GB"]
     assert rows[-1][3] == "taken"
-    assert dict(overview.devices_rows(plan))["layout"].endswith("; 72.0 GB there less 10% reserve")
+    assert dict(overview.devices_rows(plan))["layout"].endswith("; 72.0 GB for a rank, 10% kept in reserve")
     (packs,) = overview.capacity_rows(plan)
     assert packs[1].startswith(f"{plan.config.packing.tokens:,} tokens: ")
     overview.show_layouts(plan)

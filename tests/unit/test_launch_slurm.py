@@ -161,7 +161,7 @@ def test_lists_of_jobs_are_read() -> None:
     ]
     assert [job.id for job in same_run(queue, "trimtab /a|b")] == [12]
     (one,) = parse_accounting("12|CANCELLED by 1000|0:15|\n12.batch|CANCELLED|0:15|\n")
-    assert (one.state, one.signal, end_code(one)) == ("CANCELLED", 15, 143)
+    assert (str(one), one.signal, end_code(one)) == ("job 12: CANCELLED (by 1000)", 15, 75)
     assert same_run([one], "trimtab /a") == [one]  # accounting without comments
 
 
@@ -173,7 +173,9 @@ def test_lists_of_jobs_are_read() -> None:
         (Job(id=1, state="CANCELLED", exit_code=75), 75),
         (Job(id=1, state="TIMEOUT", exit_code=0, signal=15), 75),
         (Job(id=1, state="NODE_FAIL"), 75),
-        (Job(id=1, state="CANCELLED", exit_code=0, signal=0), 1),
+        (Job(id=1, state="CANCELLED", exit_code=0, signal=0), 75),
+        (Job(id=1, state="OUT_OF_MEMORY", exit_code=0, signal=9), 137),
+        (Job(id=1, state="DEADLINE"), 1),
     ],
 )
 def test_what_a_job_stands_for(job: Job, code: int) -> None:

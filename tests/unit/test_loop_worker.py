@@ -13,6 +13,7 @@ import torch
 from prepare_fixtures import planned
 from safetensors.torch import load_file
 
+from trainer.data.timing import MeasuredRatio
 from trainer.errors import DataError, NeedsPerson, RunError, StoppedInGoodOrder, TrainingFault
 from trainer.evaluate.score import load_evaluation
 from trainer.export.comparison import TensorComparison
@@ -206,6 +207,20 @@ def test_a_request_to_stop_ends_a_stage_at_once(run: RunFolder, monkeypatch: pyt
     with pytest.raises(StoppedInGoodOrder, match="stopped on SIGTERM in the stage 'loading'"):
         work(run, ["baseline"])
     assert read_marker(run, "baseline") is None
+
+
+def test_a_measured_ratio_of_costs_is_said_and_recorded(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.stages / "train.json").unlink()
+    monkeypatch.setattr("trainer.rank.training.measured_ratio", lambda *table: MeasuredRatio(3e-4, 1e-5, 41))
+    work(run, ["train"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured over 41 steps: packing.cost_ratio=0.0003 (+-1e-05) describes this model on this machine" in said
+    assert "for another run with packing.cost=time" in said
+    marker = read_marker(run, "train")
+    assert marker is not None
+    assert marker.summary["measured_cost_ratio"] == 3e-4
 
 
 def test_an_arena_that_is_not_the_prepared_one_is_refused(run: RunFolder) -> None:

@@ -52,6 +52,22 @@ def test_an_unknown_verb_gets_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [["--cfg", "job", "agent", "me/p/sw1"], ["tracking=wandb", "agent", "me/p/sw1"]])
+def test_an_agent_that_does_not_stand_first_is_told_to(words: list[str]) -> None:
+    with pytest.raises(UserError, match="agent stands first and takes one sweep") as caught:
+        sort_words(words)
+    assert caught.value.problems[0].do == "python -m trainer agent ENTITY/PROJECT/ID"
+
+
+@pytest.mark.parametrize("words", [["agent", "--help"], ["agent", "me/p/sw1", "-h"]])
+def test_help_of_the_agent_starts_none(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line, "do_agent", lambda *_: pytest.fail("an agent was started"))
+    assert act(words, tmp_path) == 0
+    assert "agent      one trial of a W&B sweep" in capsys.readouterr().out
+
+
 def test_an_experiment_without_its_key_is_explained() -> None:
     with pytest.raises(UserError, match="unknown verb") as caught:
         sort_words(["legal_lora"])

@@ -15,11 +15,15 @@ from train_fixtures import BASE, IDENTITY, tiny_strategy
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.compose import compose
+from trainer.cost.ledger import Spell, append
 from trainer.distributed.ranks import start_ranks
 from trainer.drive.lock import hold
 from trainer.errors import RunError, TrimtabError
 from trainer.fingerprint import digest, file_digest
-from trainer.paths import CHECKOUT, fresh_folder, write_atomic
+from trainer.paths import CHECKOUT, RunFolder, fresh_folder, write_atomic
+from trainer.sweeps.folder import SweepFolder, deciding
+from trainer.tracking.__main__ import alone
+from trainer.tracking.system import append_sample, take_sample
 from trainer.train.checkpoint.fence import claim
 from trainer.train.checkpoint.format import Checkpoint, DamagedCheckpoint, FileInfo, Manifest, verify
 from trainer.train.checkpoint.publish import save
@@ -130,6 +134,45 @@ def test_a_log_that_is_a_link_is_not_written(tmp_path: Path) -> None:
     child = Child(name="rank 0", arguments=("true",), variables={}, log=log, shown=False)
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         start_child(child, on_line=lambda _: None, on_exit=lambda: None, keep_open=())
+    assert victim.read_text() == "mine"
+
+
+def append_a_spell(path: Path) -> None:
+    append(path, Spell(stage="train", began="", rank=0, seconds=1.0))
+
+
+def append_a_sample(path: Path) -> None:
+    append_sample(path, take_sample(1, []))
+
+
+def lock_of_tracking(path: Path) -> None:
+    with alone(RunFolder(path.parents[1])):
+        pass
+
+
+def lock_of_a_sweep(path: Path) -> None:
+    with deciding(SweepFolder(path.parent)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("cost/rank0.jsonl", append_a_spell),
+        ("tracking/system.jsonl", append_a_sample),
+        ("tracking/lock", lock_of_tracking),
+        ("sweep.lock", lock_of_a_sweep),
+    ],
+)
+def test_nothing_that_grows_or_is_locked_in_place_is_reached_through_a_link(
+    tmp_path: Path, name: str, write: Callable[[Path], None]
+) -> None:
+    victim, path = tmp_path / "profile", tmp_path / "run" / name
+    victim.write_text("mine")
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        write(path)
     assert victim.read_text() == "mine"
 
 

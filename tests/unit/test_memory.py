@@ -1,7 +1,6 @@
 """Memory before anything is loaded: exact where it can be counted, None where it cannot be known."""
 
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from trainer.memory import (
     MemoryEstimate,
     activation_bytes,
     estimate,
-    folder_parameters,
     folder_shape,
     lora_parameters,
     read_shape,
@@ -79,23 +77,6 @@ def test_a_folder_without_a_usable_config_is_unknown(tmp_path: Path) -> None:
     assert folder_shape(tmp_path) is None
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert folder_shape(tmp_path) == SMOLLM2_135M
-
-
-def test_weights_are_counted_from_safetensors_headers(tmp_path: Path) -> None:
-    def write(name: str, header: dict[str, Any], length: int | None = None) -> None:
-        raw = json.dumps(header).encode()
-        (tmp_path / name).write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw)
-
-    assert folder_parameters(tmp_path) is None
-    write("a.safetensors", {"__metadata__": {"format": "pt"}, "x": {"shape": [3, 4]}, "scale": {"shape": []}})
-    write("b.safetensors", {"y": {"shape": [5]}})
-    assert folder_parameters(tmp_path) == 3 * 4 + 1 + 5
-    write("b.safetensors", {"y": {"shape": [5]}}, length=10**15)
-    assert folder_parameters(tmp_path) is None
-    (tmp_path / "b.safetensors").write_bytes(b"short")
-    assert folder_parameters(tmp_path) is None
-    write("b.safetensors", {"y": {"size": [5]}})
-    assert folder_parameters(tmp_path) is None
 
 
 def test_adapter_weights() -> None:

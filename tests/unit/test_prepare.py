@@ -98,7 +98,8 @@ def test_schedule_and_marker(smoke: tuple[RunFolder, Prepared]) -> None:
     folder, prepared = smoke
     plan = load_plan(folder.plan_json.read_bytes())
     schedule = json.loads((folder.launch / "schedule.json").read_text())
-    assert schedule.keys() == {"packs", "fill", "steps", "steps_per_epoch", "tokens_per_step", "waiting", "by_time"}
+    names = {"packs", "fill", "steps", "steps_per_epoch", "tokens_per_step", "waiting", "by_time", "sync"}
+    assert schedule.keys() == names
     options = schedule_options(plan, cost_ratio=prepared.cost_ratio)
     row = read_row(folder.schedule_npz, key=row_key(prepared.train.arena_sha256, options))
     assert row is not None, "the ranks look for it with this key"
@@ -131,15 +132,24 @@ def test_packs_by_time_go_by_the_shape_of_the_model_unless_a_ratio_is_given(tmp_
     assert prepared.cost_ratio == 2e-3
 
 
+@pytest.mark.parametrize(
+    ("layout", "sync", "words"),
+    [
+        ("parallel=ddp", "step", "about the same sum to each, because ranks wait for each other once per step"),
+        ("parallel=fsdp", "micro", "equally long together, because ranks wait for each other in every micro-batch"),
+    ],
+)
 def test_a_document_that_takes_longer_than_a_pack_is_said_and_packs_are_dealt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, sync: str, words: str
 ) -> None:
-    prepared, schedule = by_time(tmp_path, "packing.cost_ratio=10.0")
+    prepared, schedule = by_time(tmp_path, "packing.cost_ratio=10.0", layout)
     assert prepared.cost_ratio == 10.0
     assert not schedule["by_time"]
+    assert schedule["sync"] == sync
     said = " ".join("".join(capsys.readouterr()).split())
     assert f"a document of {prepared.train.longest} tokens takes longer than a pack of 256 may" in said
     assert "packs are filled by tokens, and the packs of a step are dealt to the ranks by time" in said
+    assert words in said
 
 
 def test_a_model_without_a_known_shape_needs_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

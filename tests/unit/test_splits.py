@@ -16,7 +16,6 @@ from trainer.data.splits import (
     Splits,
     check_frozen,
     check_groups,
-    column_values,
     freeze,
     input_key,
     make_splits,
@@ -24,7 +23,7 @@ from trainer.data.splits import (
     whole_key,
 )
 from trainer.errors import DataError
-from trainer.samples import Conversation, Message, Origin, Record
+from trainer.samples import Conversation, Message, Origin
 
 
 def make(train: list[Conversation], *, task_name: str = "classification", seed: int = 0, **changes: float) -> Splits:
@@ -182,17 +181,6 @@ def test_an_input_is_all_before_the_last_answer() -> None:
 def test_turns_do_not_run_into_each_other() -> None:
     two_turns = (Message(role="user", content="a"), Message(role="user", content="b"))
     assert input_key(row("auserb", "x")) != input_key(replace(row("a", "x"), messages=two_turns))
-
-
-def test_column_values_name_the_row_and_the_nearest_column() -> None:
-    records = [Record({"family": 3, "text": "a"}, Origin("a.jsonl", 1)), Record({"text": "b"}, Origin("a.jsonl", 2))]
-    assert column_values(records[:1], "family", key="data.group_column") == ["3"]
-    with pytest.raises(DataError, match=r"a\.jsonl:2: row 2 has no column 'family'\n  got: text"):
-        column_values(records, "family", key="data.group_column")
-    with pytest.raises(DataError, match=r"set data\.group_column to one of its columns; did you mean 'family'\?"):
-        column_values(records, "famly", key="data.group_column")
-    with pytest.raises(DataError, match="row 1 has nothing in column 'text'"):
-        column_values([Record({"text": None}, Origin("a", 1))], "text", key="data.label_column")
 
 
 # ----------------------------------------------------------------------------------------------------- given splits

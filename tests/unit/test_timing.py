@@ -1,11 +1,22 @@
 """Packs by time: what the ratio is, that packs then take equally long, what waiting costs, what a run measures."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
+import torch
+from train_fixtures import make_arena, schedule_for
 
+from trainer.data.batches import TrainingBatches
 from trainer.data.scheduling import ScheduleOptions, packs_by_time, training_schedule
-from trainer.data.timing import cost_ratio, measured_ratio, sync_of, waiting_share
+from trainer.data.timing import WARM_UP, cost_ratio, measured_ratio, sync_of, waiting_share
 from trainer.memory import SMOLLM2_135M, ModelShape
+from trainer.rank.job import Job
+from trainer.rank.training import suggest_cost_ratio
+from trainer.train.metrics import MetricsFile
 from trainer_kernels import CostModel, Schedule
 from trainer_kernels.schedule import Sync
 
@@ -96,3 +107,22 @@ def test_the_measured_ratio_is_found_in_noise_and_only_there():
     assert measured_ratio(tokens, 500 * tokens, seconds) is None, "the two cannot be told apart"
     assert measured_ratio(tokens, pairs, 0.05 + 1e-4 * tokens + random.normal(0, 0.01, 100)) is None, "no sign of it"
     assert measured_ratio(tokens, pairs, 2 - 1e-4 * tokens + 1e-7 * pairs) is None, "less time for more tokens"
+
+
+def test_a_run_measures_its_steps_but_those_of_the_warm_up_and_of_processes_before(tmp_path: Path):
+    """Steps 1 to 10 are of another process, and 11 to 13 compile."""
+    arena = make_arena(tmp_path / "train", documents=400)
+    plan = schedule_for(arena, world_size=1, packs=2, epochs=1.0, max_steps=None)
+    source = TrainingBatches(arena, plan, capacity=96, rank=0, device=torch.device("cpu"), pad_token_id=0)
+    lines: list[str] = []
+    for step in range(1, source.num_steps + 1):
+        tokens, pairs = source.work(step - 1)
+        seconds = 9.0 * step if step <= 10 + WARM_UP else 0.05 + 1e-4 * tokens + 1e-6 * pairs
+        lines.append(json.dumps({"step": step, "seconds": {"forward": seconds, "validation": 50.0 * step}}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    said: list[str] = []
+    job = cast(Job, SimpleNamespace(say=said.append))
+    assert suggest_cost_ratio(job, source, metrics, 10)["measured_cost_ratio"] == pytest.approx(1e-2)
+    assert said[0].startswith(f"measured over {source.num_steps - 13} steps: packing.cost_ratio=0.01 ")
+    assert suggest_cost_ratio(job, source, metrics, source.num_steps - 20) == {}, "too few are left"

@@ -162,7 +162,7 @@ def test_by_hand_a_stopped_trial_goes_on_and_a_failed_one_does_not(tmp_path: Pat
         assert free_task(tmp_path, stack).root.name == "by_hand-3"
 
 
-@pytest.mark.parametrize("words", [[], ["a/b/c/d"], ["demo/sw1", "optim.lr=1"], ["a/b/"], ["optim.lr=1"]])
+@pytest.mark.parametrize("words", [[], ["a/b/c/d"], ["demo/sw1", "optim.lr=1"], ["a/b/"], ["optim.lr=1"], ["--count"]])
 def test_an_agent_takes_one_sweep(words: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         read_sweep(words)

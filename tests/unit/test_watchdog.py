@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import msgspec
 import pytest
 
 from trainer.train.busy import Busy, Used, used_so_far, waits_for_disk_now
-from trainer.train.watchdog import ALARM, Sign, Watchdog, clear_signs, is_running, read_sign
+from trainer.train.watchdog import ALARM, Sign, Watchdog, ask_for_stack, clear_signs, is_running, read_sign
 
 TIMEOUT = 60.0
 
@@ -226,6 +228,39 @@ def test_the_alarm_writes_stacks_and_ends_with_a_code_to_be_continued(
     assert "asked to write" not in out, "rank 1 is on another machine"
     assert out.splitlines()[-1].startswith("error: rank 1 is frozen. The run ends")
     assert group.codes == [74]
+
+
+STOPPED = """
+import faulthandler, os, signal, threading
+
+def elsewhere():
+    threading.Event().wait()
+
+def where_it_stood():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+faulthandler.register(signal.SIGUSR2, file=2, all_threads=False)
+for _ in range(50):
+    threading.Thread(target=elsewhere, daemon=True).start()
+where_it_stood()
+"""
+
+
+def test_a_stopped_process_answers_from_where_its_main_thread_stood() -> None:
+    """Not from another of its threads, of which any may take what is sent to the process as a whole."""
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stderr=subprocess.PIPE, text=True) as process:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        ask_for_stack(process.pid)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, "it has run on"
+    assert said.splitlines()[1].endswith(" in where_it_stood"), said
+    assert "elsewhere" not in said
+
+
+def test_nobody_is_asked_who_has_ended() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    ask_for_stack(process.pid)
 
 
 def test_a_rank_writes_its_stacks_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

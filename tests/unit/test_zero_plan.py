@@ -17,6 +17,7 @@ from trainer.paths import RunFolder
 from trainer.plan import estimate_memory, zero_spec
 from trainer_launch.zero import BUCKET, Stage, ZeroError, ZeroSpec, deepspeed_config, deepspeed_json
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 ZERO: list[Literal["zero1", "zero2", "zero3"]] = ["zero1", "zero2", "zero3"]
 WEIGHTS = LLAMA_8B.parameters
 SHARE = WEIGHTS // 8
@@ -53,7 +54,7 @@ def test_without_deepspeed_the_plan_says_what_to_install(tmp_path: Path, name: s
 def test_the_driver_looks_what_is_installed(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: object() if name == found else None)
     monkeypatch.setattr(run, "visible_gpus", lambda: 0)
-    devices = run._devices(Config())
+    devices = run.devices_here(Config())
     assert (devices.deepspeed, devices.bitsandbytes) == (found == "deepspeed", found == "bitsandbytes")
 
 
@@ -114,6 +115,28 @@ def test_one_plan_makes_the_config_and_the_file(tmp_path: Path) -> None:
     write_inputs(folder, planned(tmp_path, "parallel=fsdp"))
     assert not folder.deepspeed_json.exists(), "a file of another layout says what nobody does"
     assert zero_spec(planned(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("zero2", ZeroSpec(stage=2, world_size=4, accumulation=3)),
+        (
+            "zero3_offloaded",
+            ZeroSpec(
+                stage=3,
+                world_size=16,
+                accumulation=2,
+                keep_whole_below=100_000,
+                offload_optimizer=True,
+                offload_parameters=True,
+            ),
+        ),
+    ],
+)
+def test_the_text_is_the_one_on_record(name: str, spec: ZeroSpec) -> None:
+    path = GOLDEN / f"{name}.json"
+    assert deepspeed_json(spec) == path.read_text(), f"if this is meant, put the new text into {path}"
 
 
 def test_what_deepspeed_is_told() -> None:

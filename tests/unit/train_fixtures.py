@@ -9,15 +9,15 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, cast
+from typing import Any, Literal, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -41,9 +41,19 @@ from trainer.model.adapters import (
     inner_model,
 )
 from trainer.model.attention import IMPLEMENTATION, register
-from trainer.model.load import load_model
+from trainer.model.load import load_model, settle
 from trainer.model.loss import PackedLoss
 from trainer.model.precision import torch_dtype
+from trainer.model.slices import (
+    ReadSlice,
+    parameter_names,
+    plan_slices,
+    slice_reader,
+    standing_in,
+    stored_tensors,
+    without_numbers,
+)
+from trainer.rank.sliced import fill_added_rows
 from trainer.train.checkpoint.behind import Saver
 from trainer.train.checkpoint.fence import claim_together
 from trainer.train.checkpoint.format import Checkpoint
@@ -66,6 +76,7 @@ Variant = Literal["plain", "tied", "frozen", "checkpointed", "4-bit", "added", "
 """What is special about a tiny model: tied embeddings; a layer and the embeddings frozen; activation checkpointing; the
 base in 4 bits; LoRA that trains the rows of ``ADDED`` tokens too, also of tied embeddings."""
 ADDED = [9, 20, 66]
+TIED = ("tied", "added-tied")
 
 
 def tiny_config(dropout: float = 0.0, *, tied: bool = False) -> LlamaConfig:
@@ -90,11 +101,19 @@ def tiny_model(dropout: float = 0.0, seed: int = 0, *, tied: bool = False) -> Ll
     return LlamaForCausalLM._from_config(tiny_config(dropout, tied=tied), attn_implementation=IMPLEMENTATION)
 
 
-def in_4_bits(model: LlamaForCausalLM, dtype: torch.dtype) -> nn.Module:
-    """``model`` as it comes out of the loader with its linear layers in 4 bits."""
+@contextmanager
+def on_disk(model: LlamaForCausalLM) -> Iterator[Path]:
+    """A folder with ``model``, for as long as it is needed."""
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        save_file(model.state_dict(), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        yield Path(folder)
+
+
+def in_4_bits(model: LlamaForCausalLM, dtype: torch.dtype) -> nn.Module:
+    """``model`` as it comes out of the loader with its linear layers in 4 bits."""
+    with on_disk(model) as folder:
         return cast(nn.Module, load_model(folder, dtype=dtype, quantize="nf4"))
 
 
@@ -106,9 +125,13 @@ def tiny_loss(
     variant: Variant = "plain",
     dora: bool = False,
     chunk: int = 16,
+    base: nn.Module | None = None,
 ) -> PackedLoss:
-    """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype."""
-    model: nn.Module = tiny_model(dropout, tied=variant in ("tied", "added-tied"))
+    """The module that is trained: full, or adapters with dropout on a base frozen in the compute dtype.
+
+    ``base``: None for the tiny model.
+    """
+    model = tiny_model(dropout, tied=variant in TIED) if base is None else base
     if variant == "frozen":
         freeze(inner_model(model), 1, True)
     if variant == "4-bit":
@@ -121,6 +144,31 @@ def tiny_loss(
     if variant == "checkpointed":
         enable_activation_checkpointing(model)
     return PackedLoss(model, chunk=chunk, compute_dtype=compute_dtype)
+
+
+@contextmanager
+def tiny_loss_in_slices(
+    *, lora: bool, dropout: float, compute_dtype: torch.dtype, variant: Variant, dora: bool, chunk: int
+) -> Iterator[tuple[PackedLoss, ReadSlice]]:
+    """The same without numbers, and what reads them out of files that are there for as long as this is open."""
+    with on_disk(tiny_model(dropout, tied=variant in TIED)) as folder:
+        model = without_numbers(folder, compute_dtype if lora else torch.float32)
+        assert model is not None
+        settle(model)
+        names, places, base = parameter_names(model), plan_slices(model, stored_tensors(folder)), cast(nn.Module, model)
+        assert isinstance(places, dict), places
+        with standing_in(base):
+            loss = tiny_loss(
+                lora=lora,
+                dropout=dropout,
+                compute_dtype=compute_dtype,
+                variant=variant,
+                dora=dora,
+                chunk=chunk,
+                base=base,
+            )
+        fill_added_rows(loss.model, places)
+        yield loss, slice_reader(loss, names, places)
 
 
 def make_arena(folder: Path, documents: int = 60, seed: int = 0) -> TokenArena:
@@ -190,33 +238,38 @@ def tiny_strategy(
     accumulation: int = 1,
     keep_whole_below: int = 0,
     offload: bool = False,
+    sliced: bool = False,
 ) -> tuple[Strategy, PackedLoss]:
     """A prepared strategy (None: single or ddp, by the number of ranks) around the tiny model, and its loss module."""
     chunk = (
         CAPACITY if kind == "zero3" else 16
     )  # a rank that projects more often than another would wait for it forever
-    loss = tiny_loss(lora=lora, dropout=dropout, compute_dtype=dtype, variant=variant, dora=dora, chunk=chunk)
-    sharding = Sharding(
-        layers=decoder_layer_modules(inner_model(loss.model)),
-        reshard_after_forward=reshard,
-        reduce_every_micro_batch=reduce_every,
-        gather_for_generation=gather,
-        ranks=together,
-        offload=offload,
-    )
+    given: dict[str, Any] = {"lora": lora, "dropout": dropout, "compute_dtype": dtype, "variant": variant}
+    given |= {"dora": dora, "chunk": chunk}
     kind = kind or ("single" if ranks.world_size == 1 else "ddp")
-    strategy = make_strategy(
-        kind,
-        ranks,
-        dtype=dtype,
-        clip_norm=clip_norm,
-        sharding=sharding,
-        zero=zero_spec(kind, ranks, accumulation=accumulation, keep_whole_below=keep_whole_below, offload=offload),
-        gather_for_generation=gather,
-    )
-    strategy.prepare(
-        loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
-    )
+    with tiny_loss_in_slices(**given) if sliced else nullcontext((tiny_loss(**given), None)) as (loss, read):
+        sharding = Sharding(
+            layers=decoder_layer_modules(inner_model(loss.model)),
+            reshard_after_forward=reshard,
+            reduce_every_micro_batch=reduce_every,
+            gather_for_generation=gather,
+            ranks=together,
+            offload=offload,
+            read=read,
+        )
+        strategy = make_strategy(
+            kind,
+            ranks,
+            dtype=dtype,
+            clip_norm=clip_norm,
+            sharding=sharding,
+            zero=zero_spec(kind, ranks, accumulation=accumulation, keep_whole_below=keep_whole_below, offload=offload),
+            gather_for_generation=gather,
+            read=read,
+        )
+        strategy.prepare(
+            loss, lambda module: make_optimizer(module, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+        )
     return strategy, loss
 
 
@@ -242,6 +295,7 @@ class Run:
     """One start of a tiny training run. ``kill_at``: SIGKILL to this process in that step, before it is recorded.
 
     ``stop_at``, ``pause_at``: SIGTERM, SIGSTOP to one rank there; ``poison_at``: its loss is not a number there.
+    ``sliced``: no rank has the whole base; fsdp and zero3 read it from files.
     """
 
     folder: str
@@ -257,6 +311,7 @@ class Run:
     together: int | None = None
     keep_whole_below: int = 0
     offload: bool = False
+    sliced: bool = False
     packs: int = 2
     epochs: float = 3.0
     max_steps: int | None = None
@@ -302,6 +357,7 @@ def train_run(
         accumulation=run.packs // run.world_size,
         keep_whole_below=run.keep_whole_below,
         offload=run.offload,
+        sliced=run.sliced,
     )
     fence = claim_together(ranks, folder / "checkpoints")
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_fixtures import EXAMPLES, NEW_TOKENS, answers, batch, communication, learn, restore
+from fsdp_fixtures import (
+    EXAMPLES,
+    NEW_TOKENS,
+    answers,
+    batch,
+    communication,
+    learn,
+    reads_what_was_loaded,
+    restore,
+    whole_parameters_of,
+)
 from torch import nn
 from train_fixtures import CAPACITY, STAGES, Run, tiny_loss, tiny_strategy, train_run
 
@@ -43,7 +53,7 @@ def show_all(kind: StrategyName, runs: list[Run], ranks: Ranks) -> None:
         gradients_are_reduced_as_the_stage_says,
         the_norm_is_what_it_was_before_clipping,
         the_forward_pass_reads_what_was_loaded,
-        whole_parameters_are_on_the_first_rank,
+        whole_parameters_of,
         answers_are_those_of_a_whole_model,
         another_division_is_noticed,
     ]
@@ -127,26 +137,7 @@ def the_forward_pass_reads_what_was_loaded(kind: StrategyName, ranks: Ranks) -> 
     """After an evaluation something may still be gathered; weights that are loaded then must not be overlooked."""
     for keep_whole_below in (0, 500):
         strategy, loss = tiny_strategy(ranks, lora=False, kind=kind, keep_whole_below=keep_whole_below)
-        plain = plain_loss(lora=False)
-        with torch.no_grad():
-            assert torch.equal(loss(batch()), plain(batch()))
-            for fragment in strategy.fragments(saving=False):
-                fragment.tensors["param"].mul_(0.5)
-            strategy.refresh()
-            for parameter in plain.parameters():
-                parameter.mul_(0.5)
-            assert torch.equal(loss(batch()), plain(batch()))
-
-
-def whole_parameters_are_on_the_first_rank(kind: StrategyName, ranks: Ranks) -> None:
-    """As they are trained, in float32, whatever the compute dtype."""
-    strategy, _ = tiny_strategy(ranks, lora=True, kind=kind, dtype=torch.bfloat16)
-    plain = {n: p for n, p in tiny_loss(lora=True, compute_dtype=torch.bfloat16).named_parameters() if p.requires_grad}
-    found = dict(strategy.full_parameters())
-    assert list(found) == list(plain)
-    for name, tensor in found.items():
-        assert (tensor is not None) == ranks.is_first
-        assert tensor is None or torch.equal(tensor, plain[name]), name
+        reads_what_was_loaded(strategy, loss, plain_loss(lora=False))
 
 
 def answers_are_those_of_a_whole_model(kind: StrategyName, ranks: Ranks) -> None:

@@ -15,15 +15,15 @@ import msgspec
 import yaml
 from hydra.core.override_parser.types import Override
 
-from trainer.compose.command_line import multirun, read_command_line
+from trainer.compose.command_line import multirun, quoted, read_command_line
 from trainer.compose.library import PACKAGE_LINE, Layer, Library, find_layers
 from trainer.compose.merge import apply_values, compose_files, resolve
 from trainer.config import Config
 from trainer.errors import ConfigError, Problem
 from trainer.redaction import REDACTED, is_secret_name, looks_secret, redact
-from trainer.schema import Locate, describe, field_docs, field_hints, fit, shape
+from trainer.schema import Locate, field_hints, fit, section_help, shape
 
-__all__ = ["compose", "config_text", "expand_multirun", "help_text"]
+__all__ = ["compose", "config_text", "expand_multirun", "help_text", "quoted"]
 
 
 def compose(overrides: Sequence[str], *, config_dir: Path | None, cwd: Path) -> Config:
@@ -144,15 +144,8 @@ def help_text(*, config_dir: Path | None, cwd: Path) -> str:
     lines += [f"  {name:20} {_first_comment(path)}" for name, path in library.groups.get("experiment", {}).items()]
     lines += ["", "Searched: " + ", ".join(str(directory) for directory in library.directories), ""]
     lines.append("Keys (key=value):")
-    defaults = cast("dict[str, dict[str, Any]]", msgspec.to_builtins(Config()))
     for section, hint in field_hints(Config).items():
-        kind = shape(hint).core
-        docs = field_docs(kind)
-        lines += ["", f"{section}: {' '.join((kind.__doc__ or '').split())}"]
-        for name, entry in field_hints(kind).items():
-            default = msgspec.json.encode(defaults[section][name]).decode()
-            lines.append(f"  {section}.{name}={default}  ({describe(entry)})")
-            lines.append(f"      {docs[name]}")
+        lines += ["", *section_help(section, shape(hint).core)]
     return "\n".join(lines) + "\n"
 
 

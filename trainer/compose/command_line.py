@@ -61,13 +61,17 @@ def _unreadable(text: str, library: Library) -> Problem:
     key, equals, value = text.partition("=")
     experiments = list(library.groups.get("experiment", {}))
     if equals:
-        quoted = value.replace("'", "\\'")
-        do = f"quote the value, for the shell too: \"{key}='{quoted}'\""
+        do = f'quote the value, for the shell too: "{key}={quoted(value)}"'
     elif text in experiments:
         do = f"write experiment={text}"
     else:
         do = nearest(text, experiments) or "see python -m trainer --help"
     return Problem(what="cannot read this override", where="command line", got=text, allowed="key=value", do=do)
+
+
+def quoted(text: str) -> str:
+    """``text`` in quotes, as Hydra's grammar takes any text."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _refused(override: Override, text: str) -> Problem | None:

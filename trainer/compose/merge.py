@@ -19,7 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.compose.command_line import Request
+from trainer.compose.command_line import Request, quoted
 from trainer.compose.library import Choice, Layer, Library, group_choice
 from trainer.config import Config
 from trainer.errors import Problem
@@ -84,7 +84,7 @@ def _with_hydra(request: Request, library: Library, primary: Layer) -> dict[str,
         if name is not None or group in known
     ]
     if request.experiments:
-        overrides.append(f"+experiment=[{','.join(map(_quoted, request.experiments))}]")
+        overrides.append(f"+experiment=[{','.join(map(quoted, request.experiments))}]")
     first, *_FurtherFolders.folders = (str(directory) for directory in library.directories)
     Plugins.instance().register(_FurtherFolders)
     GlobalHydra.instance().clear()
@@ -105,12 +105,7 @@ class _FurtherFolders(SearchPathPlugin):
 
 def _written(choice: Choice) -> str:
     """A choice as Hydra's grammar has it."""
-    return _quoted(choice) if isinstance(choice, str) else f"[{','.join(map(_quoted, choice))}]"
-
-
-def _quoted(text: str) -> str:
-    """Quote a text for Hydra's grammar."""
-    return "'" + text.replace("'", "\\'") + "'"
+    return quoted(choice) if isinstance(choice, str) else f"[{','.join(map(quoted, choice))}]"
 
 
 def apply_values(tree: DictConfig, values: Sequence[Override], found: list[Problem]) -> None:

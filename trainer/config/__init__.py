@@ -1,7 +1,7 @@
 """What the user may write: one dataclass per section of the config, one docstring per field.
 
-These classes are the whole surface. ``compose.py`` fills them from ``conf/`` and the command line and reports every
-key or value that does not fit; ``plan.py`` checks what several fields say together. Nothing below the door
+These classes are the whole surface. ``compose/`` fills them from ``conf/`` and the command line and reports every key
+or value that does not fit; ``rules/`` checks what several fields say together. Nothing below the door
 (``prepare.py``, ``worker.py``) hands a config object on: they pass plain arguments.
 
 A section that is also a folder of ``conf/`` is a Hydra group: ``method=lora`` chooses a file, ``method.rank=8`` sets a

@@ -11,7 +11,7 @@ PrunerName = Literal["auto", "hyperband", "median", "none"]
 
 @dataclass(slots=True, kw_only=True)
 class SweepConfig:
-    """How many trials, how many at a time, where, and what is done about failures."""
+    """How many trials, how many at a time, where, what is done about failures. For the verb ``sweep``, and with -m."""
 
     engine: EngineName = "optuna"
     """Who chooses the settings. ``optuna``: this command, which runs the trials too. ``wandb``: a server of W&B; the

@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from trainer.paths import without_links
+
 Meter = Literal["", "counter", "power"]
 """How a device told its energy: not at all, by a counter of joules, or by its power, which was read now and then."""
 
@@ -55,7 +57,7 @@ def append(path: Path, spell: Spell) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = msgspec.json.encode(spell) + b"\n"
-    with path.open("a+b", buffering=0) as handle:
+    with open(path, "a+b", buffering=0, opener=without_links) as handle:
         size = handle.seek(0, os.SEEK_END)
         if size:
             handle.seek(size - 1)

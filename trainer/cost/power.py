@@ -1,7 +1,7 @@
 """What devices say of the energy they used: NVIDIA's driver of a GPU, Linux (RAPL) of a processor's sockets.
 
 Both count joules since some moment, so that only differences mean anything. Where a device does not say, the answer is
-None and never a guess: guesses are made in one place, ``cost.py``, and marked.
+None and never a guess: estimates are made in one place, ``sums.py``, and marked.
 """
 
 from collections.abc import Callable, Sequence

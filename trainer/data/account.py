@@ -1,5 +1,7 @@
 """Says what became of the rows: how many there are, what was left out and why, what is learnt. Nothing stays silent."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from trainer import console
@@ -17,7 +19,7 @@ def say_rows(rows: Rows) -> None:
     for source in rows.sources:
         rights = f", {source.license}" if source.license else ""
         revision = f" at {source.revision[:12]}" if source.revision and source.revision not in source.location else ""
-        console.say(f"read {source.rows} rows of {source.location}{revision}{rights}")
+        console.say(f"read {source.rows:,} rows: {source.location}{revision}{rights}")
     shapes = sorted(set(rows.shapes.values()))
     console.say(f"shape of the rows: {', '.join(shapes)}")
     if rows.ignored:
@@ -27,7 +29,7 @@ def say_rows(rows: Rows) -> None:
         console.say(f"mixture part {number}: {part.rows} rows, seen {part.used} times in all{never}")
     _say_dropped(rows.dropped)
     for finding in rows.findings:
-        console.warn(f"{finding.count} {finding.what} ({', '.join(finding.first)})")
+        console.warn(f"{finding.count} {finding.what}; they are kept ({_named(finding.first, of=finding.count)})")
     _say_balance(rows.balance)
 
 
@@ -36,7 +38,7 @@ def say_tokens(tokens: Tokenized, template: ChatTemplate | None, tokenizer: PreT
     report = tokens.report
     origin = "found in the cache" if tokens.found else "made"
     console.say(f"tokens {origin}: {tokens.folder}")
-    columns = ("split", "rows", "documents", "tokens", "learnt", "longest")
+    columns = ("split", "rows", "documents", "tokens", "targets", "longest")
     console.table(
         columns,
         [
@@ -65,8 +67,12 @@ def say_tokens(tokens: Tokenized, template: ChatTemplate | None, tokenizer: PreT
 
 def _say_dropped(dropped: list[Dropped]) -> None:
     for item in dropped:
-        more = ", ..." if item.count > len(item.first) else ""
-        console.warn(f"left out {item.count} rows: {item.reason} ({', '.join(item.first)}{more})")
+        console.warn(f"left out {item.count} rows: {item.reason} ({_named(item.first, of=item.count)})")
+
+
+def _named(first: Sequence[str], *, of: int) -> str:
+    """The first rows of so many."""
+    return ", ".join(first) + (", ..." if of > len(first) else "")
 
 
 def _say_balance(balance: dict[str, dict[str, int]]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from trainer.data.timing import waiting_share
 from trainer_kernels import CostModel, Schedule, TokenArena
+from trainer_kernels.schedule import Sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,7 +12,8 @@ class PlannedSchedule:
     """``launch/schedule.json``: packs of the first epoch, the share of them that is filled, and what a step is.
 
     ``by_time``: packs are filled by time and not by tokens. ``waiting``: share of the time that ranks wait for the
-    slowest one; None with one rank, and for a model whose shape says nothing about it.
+    slowest one; None with one rank, and for a model whose shape says nothing about it. ``sync``: they wait in every
+    micro-batch ("micro") or once per step ("step").
     """
 
     packs: int
@@ -21,6 +23,7 @@ class PlannedSchedule:
     tokens_per_step: float
     waiting: float | None
     by_time: bool
+    sync: Sync
 
 
 def planned_schedule(schedule: Schedule, arena: TokenArena, *, ratio: float | None, by_time: bool) -> PlannedSchedule:
@@ -40,4 +43,5 @@ def planned_schedule(schedule: Schedule, arena: TokenArena, *, ratio: float | No
         tokens_per_step=arena.num_tokens / len(first) * schedule.packs_per_step,
         waiting=waiting,
         by_time=by_time,
+        sync=schedule.sync,
     )

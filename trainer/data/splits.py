@@ -15,9 +15,9 @@ from typing import Literal
 import msgspec
 
 from trainer.data.mixture import apportion
-from trainer.errors import DataError, Problem, nearest
+from trainer.errors import DataError, Problem
 from trainer.paths import write_atomic
-from trainer.samples import Conversation, Record
+from trainer.samples import Conversation
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -76,30 +76,6 @@ def _hash(parts: Iterable[str]) -> str:
         digest.update(" ".join(part.split()).encode("utf-8"))
         digest.update(b"\0")
     return digest.hexdigest()
-
-
-def column_values(records: Sequence[Record], column: str, *, key: str) -> list[str]:
-    """The values of ``column`` as strings; ``key`` is the config key that names it (``data.group_column``).
-
-    Raises:
-        DataError: a row does not have the column (the nearest column is named), or it is null there.
-    """
-    values: list[str] = []
-    for record in records:
-        if column not in record.fields:
-            names = list(record.fields)
-            raise DataError(
-                f"row {record.origin.row} has no column '{column}'", where=str(record.origin), got=", ".join(names),
-                do=f"set {key} to one of its columns; {nearest(column, names)}".rstrip("; "),
-            )  # fmt: skip
-        value = record.fields[column]
-        if value is None:
-            raise DataError(
-                f"row {record.origin.row} has nothing in column '{column}'",
-                where=str(record.origin), do=f"fill it, or choose another column for {key}",
-            )  # fmt: skip
-        values.append(str(value))
-    return values
 
 
 # ------------------------------------------------------------------------------------------------------ making splits

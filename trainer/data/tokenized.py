@@ -28,7 +28,7 @@ from trainer.errors import DataError
 from trainer.fingerprint import digest, tree_digest
 from trainer.paths import fresh_folder, fsync_directory, write_atomic
 from trainer.samples import Conversation, Dropped, EvaluationExample, SplitInfo
-from trainer_kernels import ArenaWriter, TokenArena
+from trainer_kernels import ArenaError, ArenaWriter, TokenArena
 
 FORMAT = 1
 """Counted up when the same rows and options would give another folder."""
@@ -105,14 +105,42 @@ def content_key(rows: Mapping[str, str], template: str, tokenizer_folder: Path, 
     return digest([FORMAT, dict(rows), template, tree_digest(sorted(files)), asdict(options), versions])
 
 
-def find_tokens(cache: Path, key: str) -> Tokenized | None:
-    """Return the folder of ``key`` when it is there and whole."""
+def find_tokens(cache: Path, key: str, *, warn: Callable[[str], None] = lambda text: None) -> Tokenized | None:
+    """Return the folder of ``key`` when it is there and whole, by the hashes of its arenas.
+
+    ``warn`` is told what is wrong with one that is there and not whole: it has to be made again.
+    """
     folder = folder_of(cache, key)
     try:
-        report = msgspec.json.decode((folder / REPORT).read_bytes(), type=TokenReport)
-    except (FileNotFoundError, msgspec.DecodeError):
+        return Tokenized(folder=folder, report=_read_whole(folder), found=True)
+    except FileNotFoundError:
         return None
-    return Tokenized(folder=folder, report=report, found=True)
+    except (msgspec.DecodeError, ArenaError) as fault:
+        words = f"{fault.what} ({fault.got})" if isinstance(fault, ArenaError) else f"{folder / REPORT} ({fault})"
+        warn(f"the tokens in the cache are damaged and are made again: {words}")
+        return None
+
+
+def _read_whole(folder: Path) -> TokenReport:
+    """The account of ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none. It is written last, so such a folder was not made as a whole.
+        msgspec.DecodeError: it is damaged.
+        ArenaError: an arena that it names is not there, damaged or another one.
+    """
+    report = msgspec.json.decode((folder / REPORT).read_bytes(), type=TokenReport)
+    for info in report.splits.values():
+        TokenArena.open(folder / info.arena, expect_sha256=info.arena_sha256)
+    return report
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _read_whole(folder)
+    except (FileNotFoundError, msgspec.DecodeError, ArenaError):
+        return False
+    return True
 
 
 def folder_of(cache: Path, key: str) -> Path:
@@ -151,12 +179,12 @@ def make_tokens(
 
 def _publish(stage: Path, folder: Path) -> Path:
     """Rename ``stage``. A folder that is there but not whole was damaged from outside and is replaced."""
-    if folder.is_dir() and not (folder / REPORT).is_file():
+    if folder.is_dir() and not _is_whole(folder):
         shutil.rmtree(folder)
     try:
         stage.rename(folder)
     except OSError:
-        if not (folder / REPORT).is_file():
+        if not _is_whole(folder):
             raise
     fsync_directory(folder.parent)
     return folder

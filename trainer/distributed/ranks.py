@@ -3,7 +3,7 @@
 After the start, world size, device and kind of group are compared with the plan: launchers fall back silently
 (``accelerate launch --cpu --num_processes 2`` starts one process), this module does not.
 
-The environment is read here and nowhere else in the trainer: the variables that torchrun, ``accelerate launch`` and
+Of all that computes, this module alone reads the environment: the variables that torchrun, ``accelerate launch`` and
 ``trainer_launch`` all set (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 """
 
@@ -38,7 +38,7 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 RECORDED_COLLECTIVES = 2000
 """The last collectives of a rank that NCCL's flight recorder remembers."""
 
-ENVIRONMENT = os.environ  # noqa: TID251  (this is the one place of the trainer that reads it)
+ENVIRONMENT = os.environ  # noqa: TID251
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,6 @@ class Ranks:
         total = values.clone()
         dist.all_reduce(total)
         return total
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on at least one rank."""
-        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item() > 0)
-
-    def from_first(self, value: int) -> int:
-        """Rank 0's ``value``, on every rank."""
-        return int(self.sum_over_ranks(torch.tensor(value if self.is_first else 0, dtype=torch.int64)).item())
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks in the order of ranks. They travel as pickle, between processes of one run only."""

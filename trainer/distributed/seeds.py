@@ -14,7 +14,10 @@ def seed_all(*parts: int) -> None:
     the same noise.
     """
     # NumPy fills up with zeros, so (7,) and (7, 0) would be one seed without the length.
-    state = int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0])
+    numbers = (len(parts), *parts)
+    # The same words, without the loop in which NumPy looks at each number: a third of the time.
+    words = np.array(numbers, np.uint32) if max(numbers) < 2**32 else numbers
+    state = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     random.seed(state)
     np.random.seed(state % 2**32)
     # torch.manual_seed asks every kind of accelerator, and each that was not started formats a stack: 1.2 ms on a CPU.

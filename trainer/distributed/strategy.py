@@ -6,7 +6,7 @@ evaluation ask the strategy, and a new way of sharing is a new class beside ``pl
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,9 +18,8 @@ from trainer.distributed.plain import Plain
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.zero import DividedState, DividedWeights
 from trainer.errors import RunError
+from trainer.memory import StrategyName as StrategyName
 from trainer_launch.zero import ZeroSpec
-
-StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 class Strategy(Protocol):

@@ -32,7 +32,7 @@ from trainer_launch.slurm import Allocation
 AGENT_HELP = "one trial of a W&B sweep (agent ENTITY/PROJECT/SWEEP), also as a task of a Slurm array"
 STEP = "trainer.drive.agent"
 KILLED = 137
-_SWEEP = re.compile(r"(?:(?:[^/\s]+/)?[^/\s]+/)?(?P<id>[A-Za-z0-9_\-]+)")
+_SWEEP = re.compile(r"(?!-)(?:(?:[^/\s]+/)?[^/\s]+/)?(?P<id>[A-Za-z0-9_\-]+)")
 
 
 @dataclass(frozen=True, slots=True)

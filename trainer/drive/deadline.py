@@ -32,7 +32,7 @@ def end_of_job() -> float | None:
     if here is None:
         return None
     try:
-        return slurm.show(here.name).end
+        return slurm.controlled(here.name).end
     except SlurmError:
         return None  # in a container without Slurm's commands; the job's own signal stops it there
 

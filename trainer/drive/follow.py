@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from trainer import console
-from trainer.drive.progress import read_starts
+from trainer.drive.progress import last_end, read_starts
 from trainer.drive.queue import log_path
 from trainer.errors import EXIT_NEEDS_PERSON, EXIT_STOPPED
 from trainer.paths import RunFolder
@@ -46,8 +46,7 @@ def follow(job: int, folder: RunFolder) -> int:
                 for line in tail.lines():
                     show(line)
                 if state is None:
-                    console.error(f"Slurm has lost job {job}; the same command submits the run again")
-                    return EXIT_STOPPED
+                    return _end_on_record(job, folder)
                 if str(state) != said:
                     said = str(state)
                     console.note(said)
@@ -71,6 +70,16 @@ def _state(job: int) -> Job | None:
         return Job(id=job, state="UNKNOWN", reason=str(fault))
     except SlurmError as fault:
         return Job(id=job, state="UNKNOWN", reason=str(fault))
+
+
+def _end_on_record(job: int, folder: RunFolder) -> int:
+    """The exit code of a job that Slurm knows no more, as its last start has put it on record."""
+    last = last_end(folder, job)
+    if last is None or last.ended is None:
+        console.error(f"Slurm knows nothing of job {job} any more; the same command submits the run again")
+        return EXIT_STOPPED
+    console.say(f"job {job}: Slurm does not know any more how it ended; its last start: {last.why}")
+    return last.ended
 
 
 def _end(job: Job, folder: RunFolder) -> int | None:

@@ -259,7 +259,11 @@ def lock_is_free(folder: RunFolder, signalled: threading.Event, seconds: float =
 
 def _decide(here: Allocation, code: int, *, count: int, most: int) -> Decision:
     try:
-        job = slurm.persistently(lambda: slurm.show(here.name), tries=TRIES, pause=PAUSE) if code != EXIT_DONE else None
+        job = (
+            slurm.persistently(lambda: slurm.controlled(here.name), tries=TRIES, pause=PAUSE)
+            if code != EXIT_DONE
+            else None
+        )
     except SlurmError as fault:
         console.warn(str(fault))
         job = None
@@ -291,7 +295,7 @@ def still_runs(here: Allocation) -> bool:
     Raises:
         SlurmError: it does not answer.
     """
-    job = slurm.show(here.name)
+    job = slurm.controlled(here.name)
     return job.state == "RUNNING" and job.restarts == here.restarts
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trainer import console
+from trainer.config import PackingConfig
 from trainer.console import gigabytes
 from trainer.drive.look.gather import look_at
 from trainer.drive.look.tables import Table, cost_table, result_table, time_rows
@@ -65,10 +66,12 @@ def layout_row(entry: Considered) -> list[str]:
 
 def devices_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Where the ranks are, and how they share the work."""
-    reserve = "" if plan.config.parallel.name != "auto" else f" less {plan.config.parallel.memory_reserve:.0%} reserve"
+    reserve = (
+        f", {plan.config.parallel.memory_reserve:.0%} kept in reserve" if plan.config.parallel.name == "auto" else ""
+    )
     rows = [("devices", f"{plan.world_size} x {plan.device}, {plan.threads} threads each, {plan.strategy}")]
     if plan.considered:
-        rows.append(("layout", f"{layout_of(plan).label}; {gigabytes(plan.considered[-1].room)} there{reserve}"))
+        rows.append(("layout", f"{layout_of(plan).label}; {gigabytes(plan.considered[-1].room)} for a rank{reserve}"))
     return rows
 
 
@@ -97,7 +100,7 @@ def plan_rows(plan: RunPlan, prepared: PreparedView, schedule: ScheduleView) -> 
         *(
             []
             if schedule.waiting is None
-            else [("waiting", waiting_text(schedule.waiting, config.packing.cost, schedule.by_time))]
+            else [("waiting", waiting_text(schedule.waiting, schedule, config.packing, plan.accumulation))]
         ),
         *memory_rows(plan, estimate_memory(on_disk(plan, prepared), prepared.dtype)),
     ]
@@ -111,15 +114,26 @@ def method_text(plan: RunPlan) -> str:
     return f"lora, rank {method.rank}" + (f", on a base in 4 bits ({method.quantize})" if method.quantize else "")
 
 
-def waiting_text(share: float, cost: str, by_time: bool) -> str:
-    """What ranks lose to the slowest one under ``packing.cost``, and what to do about it where it is much.
+def waiting_text(share: float, schedule: ScheduleView, packing: PackingConfig, micro_batches: int) -> str:
+    """What ranks lose to the slowest one, where they wait for it, and what to do about it where it is much.
 
-    ``by_time``: packs are filled by time.
+    ``share`` of the time, 0 to 1; ``micro_batches`` that a rank does in a step.
     """
     advice = "" if share < WORTH_A_WORD else "; packing.cost=time makes packs that take equally long"
-    if cost == "time":
-        advice = "" if by_time else "; packs of a step are dealt by time: a document takes longer than a pack may"
-    return f"ranks wait {100 * share:.2g} % of the time for the slowest one, estimated from the model's shape{advice}"
+    if packing.cost == "time":
+        advice = (
+            "" if schedule.by_time else f"; a document takes longer than a pack may, so {dealt_text(micro_batches)}"
+        )
+    where = "in every micro-batch" if schedule.sync == "micro" else "once per step"
+    source = "the model's shape" if packing.cost_ratio is None else f"packing.cost_ratio={packing.cost_ratio:g}"
+    return f"ranks wait {100 * share:.2g} % of the time for the slowest one, {where}, estimated from {source}{advice}"
+
+
+def dealt_text(micro_batches: int) -> str:
+    """What becomes of packs that are filled by tokens under ``packing.cost=time``."""
+    if micro_batches == 1:
+        return "packs are filled by tokens, and with one micro-batch a step there is nothing to deal"
+    return "packs are filled by tokens, and those of a step dealt to the ranks by time"
 
 
 def memory_rows(plan: RunPlan, memory: MemoryEstimate | None) -> list[tuple[str, str]]:

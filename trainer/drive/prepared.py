@@ -75,6 +75,7 @@ class ScheduleView:
     tokens_per_step: float
     waiting: float | None = None
     by_time: bool = False
+    sync: str = "step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

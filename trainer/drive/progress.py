@@ -65,6 +65,12 @@ def read_starts(folder: RunFolder) -> list[Start]:
         return []
 
 
+def last_end(folder: RunFolder, job: int) -> Start | None:
+    """The last start of a job on record, once it has ended; None: there is none, or it could not say that it ended."""
+    last = next((start for start in reversed(read_starts(folder)) if start.job == job), None)
+    return None if last is None or last.ended is None else last
+
+
 def write_starts(folder: RunFolder, starts: Sequence[Start]) -> None:
     """Replace the record."""
     write_atomic(folder.starts_json, msgspec.json.format(msgspec.json.encode(starts), indent=1) + b"\n")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from trainer.drive.progress import last_end
 from trainer.paths import RunFolder, write_atomic
 from trainer.plan import RunPlan
 from trainer_launch import slurm
@@ -70,7 +71,9 @@ def job_lines(folder: RunFolder) -> list[str]:
     try:
         job = slurm.show(submission.job)
     except SlurmError as fault:
-        return [f"Slurm job {submission.job}: unknown ({fault})"]
+        last = last_end(folder, submission.job)
+        own = [] if last is None else [f"  its last start ended with {last.ended}: {last.why}"]
+        return [f"Slurm job {submission.job}: unknown ({fault})", *own]
     lines = [f"Slurm {job}, started {job.restarts + 1} times" if job.restarts else f"Slurm {job}"]
     if job.is_held:
         lines.append(f"  it waits for a person: scontrol release {job.id} starts it again, scancel {job.id} ends it")

@@ -76,7 +76,7 @@ def do_new(
         TrimtabError: everything that stops a run before or after its processes.
     """
     config = placed(config)
-    elsewhere = imagined(config, _devices(config)) if verb == "plan" else None
+    elsewhere = imagined(config, devices_here(config)) if verb == "plan" else None
     if elsewhere is not None:
         show_imagined(make_plan(config, devices=elsewhere, cwd=cwd))
         return EXIT_DONE
@@ -129,13 +129,15 @@ def _do_here(verb: str, config: Config, typed: Typed, programs: Programs) -> int
         return start_all(plan, typed)
     if place.node:
         return follow(
-            lambda: make_plan(place.config, devices=_devices(place.config), cwd=typed.cwd),
+            lambda: make_plan(place.config, devices=devices_here(place.config), cwd=typed.cwd),
             place,
             lambda plan: launch_spec(plan, programs, (), node=place.node),
             verb,
             VERBS[verb].stages,
         )
-    return _do(verb, make_plan(place.config, devices=_devices(place.config), cwd=typed.cwd), typed.command, programs)
+    return _do(
+        verb, make_plan(place.config, devices=devices_here(place.config), cwd=typed.cwd), typed.command, programs
+    )
 
 
 def _do(verb: str, plan: RunPlan, command: str, programs: Programs) -> int:
@@ -230,17 +232,13 @@ def _with_overrides(config: Config, overrides: Sequence[str], cwd: Path) -> Conf
 
 def _assumed_devices(config: Config) -> Devices:
     """What to plan with where nothing will run: the machines have the GPUs that are asked for, if this one has none."""
-    here = _devices(config)
+    here = devices_here(config)
     wanted = 0 if config.launch.device == "cpu" else max(here.gpus, config.launch.processes or 1)
     return dataclasses.replace(here, gpus=wanted)
 
 
 def devices_here(config: Config) -> Devices:
     """What there is on this machine for a run of ``config``."""
-    return _devices(config)
-
-
-def _devices(config: Config) -> Devices:
     gpus = 0 if config.launch.device == "cpu" else visible_gpus()
     return Devices(
         gpus=gpus,

@@ -19,7 +19,7 @@ from trainer import console
 from trainer.compose import config_text
 from trainer.config.tracking import TrackingConfig
 from trainer.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, ConfigError, Problem, RunError, TrimtabError
-from trainer.paths import RunFolder, write_atomic
+from trainer.paths import RunFolder, without_links, write_atomic
 from trainer.plan import RunPlan, dump_plan, load_plan
 from trainer.surroundings import agents_run, has_wandb_login, in_use, wandb_mode
 from trainer.tracker_state import OFFLINE, read_state
@@ -90,7 +90,7 @@ class Beside:
         heard, told = os.pipe() if agents.has_no_agent() else (None, None)
         words += [] if told is None else ["--stop-to", str(told)]
         try:
-            with self._folder.tracking_log.open("ab") as log:
+            with open(self._folder.tracking_log, "ab", opener=without_links) as log:
                 self._process = subprocess.Popen(
                     words,
                     stdin=subprocess.PIPE,

@@ -17,7 +17,6 @@ from trainer.memory.loss_chunk import loss_chunk as loss_chunk
 from trainer.memory.shape import SMOLLM2_135M as SMOLLM2_135M
 from trainer.memory.shape import TINY as TINY
 from trainer.memory.shape import ModelShape as ModelShape
-from trainer.memory.shape import folder_parameters as folder_parameters
 from trainer.memory.shape import folder_shape as folder_shape
 from trainer.memory.shape import lora_parameters as lora_parameters
 from trainer.memory.shape import read_shape as read_shape

@@ -1,11 +1,9 @@
-"""The sizes of a model, read before anything of it is loaded: from config.json, and from the headers of its weights.
+"""The sizes of a model, read out of its config.json before anything of it is loaded.
 
 What cannot be known (a Hub model that is not on disk, another architecture) is None, never guessed.
 """
 
 import json
-import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,26 +104,6 @@ def folder_shape(folder: Path) -> ModelShape | None:
     except (OSError, ValueError):
         return None
     return read_shape(cast("Mapping[str, object]", config)) if isinstance(config, dict) else None
-
-
-def folder_parameters(folder: Path) -> int | None:
-    """Count the weights in the safetensors files of a folder by their headers; None when there are none to read.
-
-    The header is a little-endian uint64 length and that many bytes of JSON: ``{tensor: {dtype, shape, ...}}``
-    (https://github.com/huggingface/safetensors#format).
-    """
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as handle:
-                (length,) = struct.unpack("<Q", handle.read(8))
-                if length > file.stat().st_size:
-                    return None
-                header: dict[str, dict[str, list[int]]] = json.loads(handle.read(length))
-            total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-        except (OSError, ValueError, KeyError, struct.error):
-            return None
-    return total or None
 
 
 def lora_parameters(

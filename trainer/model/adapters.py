@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import ModelError, nearest
+from trainer.layout import adapted_layers
 
 ALL_LINEAR = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -158,27 +158,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def parse_layers(text: str, count: int) -> range:
     """``15:``, ``:8``, ``4:12``, ``-10:`` of ``count`` decoder layers: Python's slices, but never clipped.
 
+    For a model whose layers nobody could count when the run was planned.
+
     Raises:
         ModelError: not of that form, outside the model, or empty.
     """
-    parts = text.split(":")
-    try:
-        if len(parts) != 2:
-            raise ValueError
-        start, stop = (int(part) if part.strip() else default for part, default in zip(parts, (0, count), strict=True))
-    except ValueError:
+    found = adapted_layers(text, count)
+    if found is None:
         raise ModelError(
-            "not a range of layers", where="method.layers", got=text, allowed="'15:', ':8', '4:12' or '-10:'"
-        ) from None
-    start, stop = (value + count if value < 0 else value for value in (start, stop))
-    if not 0 <= start < stop <= count:
-        raise ModelError(
-            "no such decoder layers",
+            "are no layers of this model",
             where="method.layers",
             got=text,
-            allowed=f"layers 0 to {count - 1} (:{count} is all)",
+            allowed=f"layers 0 to {count - 1}: '15:', ':8', '4:12' or '-10:'",
         )
-    return range(start, stop)
+    return found
 
 
 def freeze(model: PreTrainedModel, layers: int, embeddings: bool) -> None:
@@ -380,8 +373,3 @@ def _elements(parameter: nn.Parameter) -> int:
     """Two weights of 4 bits are one byte; bitsandbytes keeps the shape of the whole beside them."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
-
-
-def adapter_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that trained weights are kept in (float32 unless something went wrong)."""
-    return next(iter(trainable_parameters(model).values())).dtype

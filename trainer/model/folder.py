@@ -141,26 +141,37 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, {name: {dtype, shape, data_offsets}}, and where their bytes begin.
+
+    Format: a little-endian uint64 length, that many bytes of JSON, the numbers
+    (https://github.com/huggingface/safetensors#format).
+
+    Raises:
+        ValueError, struct.error: it is no such file, or cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        if length > size:
+            raise ValueError(f"header of {length} bytes in a file of {size}")
+        header: dict[str, Any] = json.loads(handle.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
+
+
 def count_elements(file: Path) -> int:
     """Number of values in a safetensors file, from its header; also proves that the file is whole.
-
-    Format: 8 bytes little-endian header length, JSON header {name: {shape, data_offsets}}, data.
 
     Raises:
         ModelError: damaged or cut short.
     """
-    size = file.stat().st_size
     try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header: dict[str, Any] = json.loads(handle.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+        tensors, begin = read_header(file)
+        size = file.stat().st_size
+        expected = begin + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         if expected != size:
             raise ValueError(f"{size} bytes, its header says {expected}")
-        return sum(_product(entry["shape"]) for entry in tensors)
+        return sum(_product(entry["shape"]) for entry in tensors.values())
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(
             "a weight file is damaged or was not downloaded completely (a Git LFS pointer?)",

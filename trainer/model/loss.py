@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from trainer.batch import Batch
-from trainer.errors import ModelError
 from trainer.model.adapters import inner_model
 from trainer.model.attention import packed_arguments
 from trainer.model.precision import compute_context
@@ -193,15 +191,3 @@ def logit_scaling(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.T
         return torch.tanh(logits / cap) * cap if cap else logits
 
     return scale
-
-
-def refuse_without_head(model: PreTrainedModel) -> None:
-    """Refuse a model that has no output layer to project with.
-
-    Raises:
-        ModelError: not a causal language model.
-    """
-    if model.get_output_embeddings() is None:
-        raise ModelError(
-            "this model has no output layer", got=type(model).__name__, do="choose a causal language model"
-        )

@@ -8,8 +8,6 @@ computed by transformers, as it does after loading.
 Only models whose files name their tensors as their modules do can be read like this; ``plan_slices`` says why not.
 """
 
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trainer.model.attention import IMPLEMENTATION, refuse_config, register
-from trainer.model.folder import read_config
+from trainer.model.folder import read_config, read_header
 
 ReadSlice = Callable[[str, int, int], torch.Tensor]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,20 +54,14 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Name to place of every floating-point tensor in the safetensors files of ``directory``.
-
-    A file is a little-endian uint64 length, that many bytes of JSON, and the numbers
-    (https://github.com/huggingface/safetensors#format).
-    """
+    """Name to place of every floating-point tensor in the safetensors files of ``directory``."""
     found: dict[str, StoredTensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in DTYPES:
-                begin = 8 + length + entry["data_offsets"][0]
-                found[name] = StoredTensor(file, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        tensors, begin = read_header(file)
+        for name, entry in tensors.items():
+            if entry["dtype"] in DTYPES:
+                place = begin + entry["data_offsets"][0]
+                found[name] = StoredTensor(file, place, tuple(entry["shape"]), DTYPES[entry["dtype"]])
     return found
 
 

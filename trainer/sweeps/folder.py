@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from trainer.errors import RunError
-from trainer.paths import RunFolder, write_atomic
+from trainer.identity import flatten
+from trainer.paths import RunFolder, without_links, write_atomic
 
 FORMAT = 1
 
@@ -173,7 +174,7 @@ def write_settings(folder: SweepFolder, settings: Settings) -> None:
 
 
 def _require_same(folder: SweepFolder, stored: Settings, settings: Settings) -> None:
-    before, now = _flat(asdict(stored)), _flat(asdict(settings))
+    before, now = flatten(asdict(stored)), flatten(asdict(settings))
     names = [name for name in dict.fromkeys([*before, *now]) if name != "trials"]
     differing = [
         f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)
@@ -188,13 +189,6 @@ def _require_same(folder: SweepFolder, stored: Settings, settings: Settings) -> 
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 @contextmanager
 def deciding(folder: SweepFolder) -> Iterator[None]:
     """Wait for the sweep's lock and hold it; nobody else decides anything meanwhile.
@@ -202,7 +196,7 @@ def deciding(folder: SweepFolder) -> Iterator[None]:
     Raises:
         RunError: the file system has no locks.
     """
-    handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = without_links(str(folder.lock), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         _lock(handle, fcntl.LOCK_EX, folder)
         yield
@@ -218,7 +212,7 @@ def take_claim(folder: SweepFolder, number: int) -> int | None:
     Raises:
         RunError: the file system has no locks.
     """
-    handle = os.open(folder.claim(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = without_links(str(folder.claim(number)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
     except BlockingIOError:

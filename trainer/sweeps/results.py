@@ -18,7 +18,7 @@ from trainer.paths import write_atomic
 from trainer.sweeps.folder import SweepFolder
 from trainer.sweeps.pictures import draw_importances, draw_parallel
 from trainer.sweeps.space import SearchSpace, trial_base
-from trainer.sweeps.study import Study, Trial, overrides_of, ranked
+from trainer.sweeps.study import WHY, Study, Trial, overrides_of, ranked
 
 NOT_OF_A_RECIPE = ("dir", "root", "name", "cache")
 """Keys of ``run`` that say where, and belong in no experiment."""
@@ -99,7 +99,7 @@ def trials_csv(trials: Sequence[Trial], space: SearchSpace, folder: SweepFolder)
         seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
         params = [trial.params.get(name, "") for name in names]
         value = "" if trial.value is None else trial.value
-        run, why = folder.run(trial.number).root, trial.notes.get("why", "")
+        run, why = folder.run(trial.number).root, trial.notes.get(WHY, "")
         table.writerow([trial.number, trial.state, value, *params, seconds, run, why])
     return written.getvalue()
 

@@ -31,6 +31,8 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+WHY = "why"
+"""Note of a trial that failed: what was wrong."""
 STARTUP = 10
 """Random trials before TPE learns from them; a quarter of a short sweep, but at least four."""
 
@@ -74,11 +76,6 @@ class Study:
             raise _unusable(journal, fault.strerror or str(fault)) from None
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise _unusable(journal, f"{type(fault).__name__}: {fault}") from None
-
-    @property
-    def grid_size(self) -> int | None:
-        """Combinations of a grid; None for other searches."""
-        return len(self._grid) if self._space.method == "grid" else None
 
     def trials(self) -> list[Trial]:
         """Every trial so far, by number."""

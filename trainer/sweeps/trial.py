@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from trainer.records import read_records
 from trainer.sweeps.figures import final_value, validations
 from trainer.sweeps.study import Study
 from trainer_launch.children import Child, start
+from trainer_launch.verdict import last_words
 
 LOOK_SECONDS = 0.25
 LOOK_SHARE = 20.0
@@ -127,9 +129,6 @@ def judge(code: int, folder: RunFolder, metric: str, log: Path, *, pruned: bool,
 
 def last_error(log: Path) -> str:
     """The last line of ``log`` that says what was wrong, else its last line."""
-    try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return f"see {log}"
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else lines[-1] if lines else f"see {log}"
+    with suppress(OSError):
+        return last_words(log, 0) or f"see {log}"
+    return f"see {log}"

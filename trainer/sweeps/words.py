@@ -9,7 +9,7 @@ import yaml
 
 from trainer.config.sweep import SweepConfig
 from trainer.errors import ConfigError, Problem
-from trainer.schema import describe, field_hints, fit, shape, unknown_key
+from trainer.schema import field_hints, fit, section_help, shape, unknown_key
 
 SECTION = "sweep"
 
@@ -57,11 +57,4 @@ def _read(value: str) -> Any:
 
 def words_help() -> str:
     """The keys with type, default and meaning, for ``--help``."""
-    from trainer.schema import field_docs
-
-    defaults, docs = msgspec.to_builtins(SweepConfig()), field_docs(SweepConfig)
-    lines = ["", "sweep: " + " ".join((SweepConfig.__doc__ or "").split()) + " For the verb `sweep`, and with -m."]
-    for name, hint in field_hints(SweepConfig).items():
-        default = msgspec.json.encode(defaults[name]).decode()
-        lines += [f"  sweep.{name}={default}  ({describe(hint)})", f"      {docs[name]}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(["", *section_help(SECTION, SweepConfig)]) + "\n"

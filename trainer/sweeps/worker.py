@@ -11,19 +11,20 @@ from types import FrameType
 from typing import Literal
 
 from trainer import console
+from trainer.compose import quoted
 from trainer.console import format_seconds
 from trainer.markers import read_marker
 from trainer.sweeps.folder import SweepFolder, deciding, read_settings, take_claim
 from trainer.sweeps.space import SearchSpace
-from trainer.sweeps.study import Study, Trial, overrides_of
+from trainer.sweeps.study import WHY, Study, Trial, overrides_of
 from trainer.sweeps.trial import Ended, run_trial
+from trainer_launch.signals import heeding
 
 WAIT_SECONDS = 0.5
 """How long a worker waits for the first trial to have prepared what all of them need."""
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FAILURES = "failures"
 """Note of a trial: starts that failed, the one that is going on among them until it has ended otherwise."""
-WHY = "why"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def do_turn(sweep: Sweep, turn: Turn, variables: dict[str, str]) -> None:
         study,
         number,
         sweep.folder.run(number),
-        [*sweep.words, *drawn, f"run.dir={_quoted(str(sweep.folder.run(number).root))}"],
+        [*sweep.words, *drawn, f"run.dir={quoted(str(sweep.folder.run(number).root))}"],
         metric=sweep.space.metric.name,
         log=sweep.folder.log(number),
         variables=variables,
@@ -143,10 +144,6 @@ def _time(study: Study, number: int) -> str:
     return format_seconds(study.trials()[number].seconds or 0.0)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
-
-
 def work_together(sweep: Sweep, shares: Sequence[dict[str, str]]) -> None:
     """One worker for each of ``shares`` (its variables), until all have ended.
 
@@ -183,12 +180,5 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
             console.say(f"{signal.Signals(number).name}: every trial saves and ends")
         stop.set()
 
-    before = {number: signal.getsignal(number) for number in HEEDED}
-    for number in HEEDED:
-        if before[number] != signal.SIG_IGN:  # nohup
-            signal.signal(number, on_signal)
-    try:
+    with heeding(HEEDED, on_signal):
         yield
-    finally:
-        for number in HEEDED:
-            signal.signal(number, before[number])

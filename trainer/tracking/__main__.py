@@ -21,7 +21,7 @@ from pathlib import Path
 
 from trainer.cost.gpu import read_gpus
 from trainer.errors import EXIT_DONE, EXIT_STOPPED
-from trainer.paths import RunFolder
+from trainer.paths import RunFolder, without_links
 from trainer.plan import RunPlan, load_plan
 from trainer.records import GrowingRecords
 from trainer.surroundings import in_use, variables
@@ -99,7 +99,7 @@ def follow(folder: RunFolder, plan: RunPlan, senders: Sequence[Sender]) -> int |
 def alone(folder: RunFolder) -> Iterator[None]:
     """Wait until no older process sends this run: the driver of the time before may be gone, its tracking not yet."""
     folder.tracking.mkdir(parents=True, exist_ok=True)
-    with (folder.tracking / "lock").open("w") as handle:
+    with open(folder.tracking / "lock", "w", opener=without_links) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

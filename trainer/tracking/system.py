@@ -11,6 +11,7 @@ import msgspec
 import psutil
 
 from trainer.cost.gpu import GpuSample
+from trainer.paths import without_links
 from trainer.records import GrowingRecords
 
 GIGA = 1e9
@@ -45,7 +46,7 @@ def take_sample(step: int, gpus: Sequence[GpuSample]) -> Sample:
 def append_sample(path: Path, sample: Sample) -> None:
     """Add a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as handle:
+    with open(path, "ab", opener=without_links) as handle:
         handle.write(msgspec.json.encode(sample) + b"\n")
 
 

@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 
 import msgspec
 
 from trainer.errors import RunError
-from trainer.paths import write_atomic
+from trainer.paths import without_links, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,9 @@ class StepRecord:
     epoch: float
     seconds: dict[str, float]
     memory_gb: float
+
+
+_NAMES = [field.name for field in fields(StepRecord)]
 
 
 class MetricsFile:
@@ -81,7 +84,9 @@ class MetricsFile:
         Raises:
             RunError: another process writes this file.
         """
-        values = asdict(record) | {f"val_{name}": value for name, value in figures.items()}
+        values = {name: getattr(record, name) for name in _NAMES} | {
+            f"val_{name}": value for name, value in figures.items()
+        }
         self._still_ours()
         with self._lock:
             first = not self._waiting
@@ -94,7 +99,7 @@ class MetricsFile:
 
     def _write(self) -> None:
         """Add the lines that wait, all or none of them."""
-        with self.path.open("ab", buffering=0) as handle:
+        with open(self.path, "ab", buffering=0, opener=without_links) as handle:
             status = os.fstat(handle.fileno())
             if self._inode is not None and status.st_ino != self._inode:
                 raise RunError(

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from trainer.model.adapters import TOKEN_ROWS
+from trainer.model.adapters import TOKEN_ROWS, trainable_parameters
 
 ScheduleName = Literal["constant", "linear", "cosine", "warmup_stable_decay"]
 
@@ -35,7 +35,7 @@ def make_optimizer(
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of matrices; norms, biases, vectors and embeddings have none.
     """
-    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trainable = trainable_parameters(module)
     spared = undecayed(module)
     groups = [
         {"params": [p for name, p in trainable.items() if name not in spared], "weight_decay": weight_decay},

@@ -19,8 +19,10 @@ ends with an exit code of which the driver makes "run me again".
 import ctypes
 import faulthandler
 import os
+import platform
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +46,8 @@ STACKS_SECONDS = 5.0
 SETTLE_SECONDS = 0.5
 """What ranks of this machine have to write their stacks."""
 STACKS = signal.SIGUSR2
+TGKILL = {"x86_64": 234, "aarch64": 131}
+"""The system call by its number: glibc has a function for it from 2.30 on, and clusters still run 2.28."""
 ALARM = "alarm"
 """A file beside the signs, with the words of the rank that noticed, for ranks on other machines."""
 
@@ -129,10 +133,11 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._begin_anew(self._now())
         self._looked = self._began
-        self.give_sign()
-        # The thread that the signal finds, and no other: the rest run on while the handler reads, and reading frames of
-        # running threads crashed two of three ranks that were continued for it (Python 3.11).
+        # Whoever has left a sign may be asked, so before the first one. The thread that the signal finds, and no other:
+        # the rest run on while the handler reads, and reading frames of running threads crashed two of three ranks that
+        # were continued for it (Python 3.11).
         faulthandler.register(STACKS, file=2, all_threads=False)
+        self.give_sign()
         thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -282,11 +287,16 @@ def ask_for_stack(pid: int) -> None:
     The question comes first, and to that thread alone: it answers before it runs on, so from where it stood. Asked as
     a whole, a process that was stopped answers in any of its threads, and those of gloo have no stack of Python.
     """
-    to_thread = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc >= 2.30
     with suppress(ProcessLookupError, PermissionError):
-        if to_thread is None or to_thread(pid, pid, int(STACKS)) != 0:
+        if not _signal_main_thread(pid, STACKS):
             os.kill(pid, STACKS)
         os.kill(pid, signal.SIGCONT)
+
+
+def _signal_main_thread(pid: int, number: signal.Signals) -> bool:
+    """Signal the thread of another process that has the number of the process; False: not possible here."""
+    call = TGKILL.get(platform.machine()) if sys.platform == "linux" else None
+    return call is not None and ctypes.CDLL(None).syscall(call, pid, pid, int(number)) == 0
 
 
 def clear_signs(folder: Path) -> None:
