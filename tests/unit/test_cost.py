@@ -40,7 +40,8 @@ def test_ranks_restarts_and_repeated_stages_add_up() -> None:
 
 
 def test_measured_energy_becomes_co2_by_the_stated_factors() -> None:
-    found = cost(replace(RANK, gpu_joules=1.8e6, gpu_meter="counter", cpu_joules=1.8e6))
+    found = cost(replace(RANK, gpu_joules=1.8e6, gpu_meter="counter", cpu_joules=1.8e6, core_seconds=7200.0))
+    assert found.together.estimated == 0.0  # a socket that says what it uses counts once
     assert found.kwh == pytest.approx(1.0)
     assert found.kwh_building == pytest.approx(1.5)
     assert found.co2_g == pytest.approx(600.0)

@@ -157,8 +157,10 @@ def test_sockets_are_added_up_without_their_parts(tmp_path: Path) -> None:
     first = zone(tmp_path, "intel-rapl:0", "package-0", 500_000)
     zone(tmp_path, "intel-rapl:0:0", "core", 0)
     second = zone(tmp_path, "intel-rapl:1", "package-1", 900_000)
+    whole = zone(tmp_path, "intel-rapl:2", "psys", 0)  # the whole machine, sockets included
     sockets = Sockets(tmp_path)
     assert sockets.are_readable
+    (whole / "energy_uj").write_text("900000\n")
     (first / "energy_uj").write_text("700000\n")
     (second / "energy_uj").write_text("100000\n")  # it counts to a million and begins anew
     assert sockets.used() == pytest.approx(0.2 + 0.2)

@@ -16,6 +16,7 @@ from trainer.drive.look.chart import MOST, Series, chart, thinned
 from trainer.drive.look.gather import RunLook, look_at
 from trainer.drive.look.html import Markup, element, text
 from trainer.drive.look.page import page_of_one, page_of_several
+from trainer.drive.look.scores import Answer, worst_answers
 from trainer.errors import RunError, UserError
 from trainer.evaluate.texts import token_f1
 from trainer.paths import RunFolder
@@ -153,6 +154,14 @@ def test_worst_answers_and_weak_slices_come_first(run: RunFolder) -> None:
     shares = [float(row[-1]) for row in by_label.rows]
     assert shares == sorted(shares)
     assert len(shares) == 4
+
+
+def test_the_worst_answer_is_the_furthest_from_its_reference() -> None:
+    def answer(text: str, *, correct: bool = False) -> Answer:
+        return Answer(id=text, text=text, answer="no liability", correct=correct, stopped=True)
+
+    found = worst_answers([answer("no warranty"), answer("no liability", correct=True), answer("MIT")], 2)
+    assert [one.id for one in found] == ["MIT", "no warranty"]
 
 
 def test_a_page_with_test_texts_says_so(run: RunFolder) -> None:
