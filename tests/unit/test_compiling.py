@@ -6,7 +6,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from trainer.errors import ModelError
 from trainer.evaluate.generate import generate
 from trainer.model.adapters import attach_lora, decoder_layer_modules, inner_model
-from trainer.model.compiling import compile_layers, should_compile, without_compiling
+from trainer.model.compiling import compile_layers, require_own, should_compile, without_compiling
 from trainer.model.loss import PackedLoss
 from trainer.samples import EvaluationExample
 
@@ -50,6 +50,26 @@ def test_default_on_a_gpu(monkeypatch):
     monkeypatch.setattr("trainer.model.compiling.find_spec", lambda name: object())
     monkeypatch.setattr("trainer_launch.room.shutil.which", lambda name: name)
     assert should_compile(None, CUDA, "fsdp") == (True, "the default on GPUs")
+
+
+def test_code_is_not_loaded_from_where_others_may_write(tmp_path, monkeypatch):
+    require_own(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ModelError, match="others may write") as caught:
+        require_own(tmp_path)
+    assert "mode drwxrwxrwx" in str(caught.value)
+    assert "TORCHINDUCTOR_CACHE_DIR" in str(caught.value)
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("trainer.model.compiling.os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(ModelError, match="others may write"):
+        require_own(tmp_path)
+
+
+def test_compiled_layers_refuse_such_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(ModelError, match="others may write"):
+        compile_layers(llama())
 
 
 def test_compiled_layers_give_the_same_loss_for_every_pack_and_are_compiled_once():

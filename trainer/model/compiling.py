@@ -5,11 +5,15 @@ and serves all. What varies between micro-batches (embedding, loss over the lear
 has other shapes at every token: it runs the same layers uncompiled, see ``without_compiling``.
 """
 
+import os
+import stat
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from trainer.errors import ModelError
 from trainer.model.adapters import decoder_layer_modules, inner_model
@@ -21,12 +25,36 @@ evaluation; after 8, torch's own limit, it would quietly stop compiling."""
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile the decoder layers of ``model`` in place, at their first call; returns their number."""
+    """Compile the decoder layers of ``model`` in place, at their first call; returns their number.
+
+    Raises:
+        ModelError: others may write where the compiled code would be kept.
+    """
+    require_own(Path(cache_dir()))
     layers = decoder_layer_modules(inner_model(model))
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.compile()
     return len(layers)
+
+
+def require_own(folder: Path) -> None:
+    """Refuse a cache of compiled code that others may write into: torch loads code out of it.
+
+    Its usual place is in the system's temporary folder, under a name that everybody knows and may have taken before.
+
+    Raises:
+        ModelError: folder or link belong to another user, or everybody may write.
+    """
+    found = folder.stat()
+    if {found.st_uid, folder.lstat().st_uid} != {os.geteuid()} or found.st_mode & stat.S_IWOTH:
+        raise ModelError(
+            "others may write into the folder that torch.compile loads code from",
+            where=str(folder),
+            got=f"owner {found.st_uid}, mode {stat.filemode(found.st_mode)}",
+            allowed=f"a folder of user {os.geteuid()} that others cannot write into",
+            do="set TORCHINDUCTOR_CACHE_DIR to a folder of yours, or model.compile=false",
+        )
 
 
 def cannot_compile(device: torch.device, strategy: str, *, quantised: bool = False) -> str | None:
