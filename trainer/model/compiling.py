@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from trainer.errors import ModelError
 from trainer.model.adapters import decoder_layer_modules, inner_model
@@ -30,6 +29,8 @@ def compile_layers(model: nn.Module) -> int:
     Raises:
         ModelError: others may write where the compiled code would be kept.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # 1.6 s, which only who compiles has to spend
+
     require_own(Path(cache_dir()))
     layers = decoder_layer_modules(inner_model(model))
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
