@@ -148,11 +148,8 @@ def test_lines_wait_in_memory_while_the_disk_is_full(
     metrics.continue_after(0)
     metrics.append(record(1), {})
     before = metrics.path.read_bytes()
-    real = Path.open
     monkeypatch.setattr(FullDisk, "room", room)
-    monkeypatch.setattr(
-        Path, "open", lambda self, mode="r", **_: FullDisk(self, "ab") if "a" in mode else real(self, mode)
-    )
+    monkeypatch.setattr("trainer.train.metrics.open", lambda path, *_, **__: FullDisk(path, "ab"), raising=False)
     metrics.append(record(2), {})
     metrics.append(record(3), {})
     with pytest.raises(OSError, match="No space left"):
