@@ -75,13 +75,8 @@ def estimate(
     """
     size = BYTES[dtype]
     frozen = frozen_layers * shape.layer_parameters + (shape.embedding_parameters if frozen_embeddings else 0)
-    weights = count_weights(
-        shape,
-        size=size,
-        adapter=adapter if method == "lora" else None,
-        frozen=frozen,
-        linear_bits=NF4_BITS if quantized else None,
-    )
+    tuned = adapter if method == "lora" else None
+    weights = count_weights(shape, size=size, adapter=tuned, frozen=frozen, linear_bits=NF4_BITS if quantized else None)
     if added_tokens and method == "lora":
         weights = replace(weights, head_copy=size * shape.vocabulary * shape.hidden)
     if shards is not None:  # layers are gathered in the compute dtype: autocast copies none of them
@@ -98,7 +93,7 @@ def estimate(
         capacity=capacity,
         accumulation=accumulation,
         chunk=loss_chunk,
-        adapter=adapter if method == "lora" else None,
+        adapter=tuned,
         trained_layers=trained,
         passed_layers=through - trained,
         checkpointing=checkpointing,
@@ -109,7 +104,7 @@ def estimate(
     if zero is not None:
         return _by_zero(shape, whole, weights, zero, gathers=gather_for_generation, sliced=sliced)
     if shards is not None:
-        return _by_fsdp(shape, whole, weights, shards, size=size, adapter=adapter if method == "lora" else None)
+        return _by_fsdp(shape, whole, weights, shards, size=size, adapter=tuned)
     return whole
 
 
